@@ -1,0 +1,47 @@
+"""The contract between engine, models and ops: what one step computes on, and the KV cache."""
+
+from __future__ import annotations
+
+from typing import Protocol, TypeAlias
+
+import flax.struct
+import jax
+
+from pallas_kernels.ragged_paged_attention import Backend, LayerCache
+
+Cache: TypeAlias = tuple[LayerCache, ...]  # one entry for each layer
+
+
+@flax.struct.dataclass
+class Batch:
+    """One step's tokens, flat and ragged. Every leaf has the bucket's shape, so programs repeat.
+
+    Two sequences, one decoding at position 7 and one whose first three tokens are computed, in a
+    bucket of 8 tokens and 4 sequences:
+
+        tokens     9 | 5 6 7 | 0 0 0 0      cu_q_lens  0 1 4 4 4
+        positions  7 | 0 1 2 | 0 0 0 0      kv_lens    8 3 0 0      counts 1 2
+    """
+
+    tokens: jax.Array  # [tokens] i32
+    positions: jax.Array  # [tokens] i32, index in the sequence
+    kv_lens: jax.Array  # [sequences] i32, context length with this step's tokens; 0 for padding
+    page_table: jax.Array  # [sequences, pages_per_sequence] i32
+    cu_q_lens: jax.Array  # [sequences + 1] i32, where each sequence's tokens begin
+    counts: jax.Array  # [2] i32: sequences of one token (they come first), all sequences
+    attention: Backend = flax.struct.field(pytree_node=False)  # what `ops.attention` calls
+
+
+class Model(Protocol):
+    """A decoder: parameters only; the cache is an argument and a result."""
+
+    def __call__(
+        self, batch: Batch, cache: Cache
+    ) -> tuple[jax.Array, Cache]:  # [tokens, hidden], before the final norm
+        """Computes the step's tokens and writes their keys and values."""
+
+    def logits(
+        self,
+        hidden: jax.Array,  # [rows, hidden], as `__call__` returned it
+    ) -> jax.Array:  # [rows, vocab] f32
+        """Returns the logits of the tokens that follow the given rows."""

@@ -1,0 +1,31 @@
+"""Matrix multiplication with stored weights."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+
+def linear(
+    x: jax.Array,  # [rows, in]
+    weight: jax.Array,  # [out, in], as checkpoints store it
+) -> jax.Array:  # [rows, out], of x's type
+    """Returns `x @ weight.T`, multiplied in the weight's type and summed in float32."""
+    return matmul_f32(x, weight).astype(x.dtype)
+
+
+def matmul_f32(
+    x: jax.Array,  # [rows, in]
+    weight: jax.Array,  # [out, in]
+) -> jax.Array:  # [rows, out] f32
+    """Returns `x @ weight.T` in float32.
+
+    Asking for float32 sums of bfloat16 operands is what makes XLA's CPU backend use its fast path.
+    """
+    return lax.dot_general(
+        x.astype(weight.dtype),
+        weight,
+        (((1,), (1,)), ((), ())),
+        preferred_element_type=jnp.float32,
+    )

@@ -1,0 +1,120 @@
+"""Rotary position embedding (https://arxiv.org/abs/2104.09864) and its long-context scalings."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxserve.errors import WeightError
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoScaling:
+    """Frequencies as trained."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearScaling:
+    """Positions divided by `factor`."""
+
+    factor: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Llama3Scaling:
+    """Llama 3.1: low frequencies divided by `factor`, high ones kept, those between blended."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_position: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class FactorScaling:
+    """Each frequency divided by a factor of its own, as GGUF files store Llama 3.1's."""
+
+    factors: tuple[float, ...]  # head_dim / 2
+
+
+RopeScaling: TypeAlias = NoScaling | LinearScaling | Llama3Scaling | FactorScaling
+
+
+def rope_scaling_from_hf(config: dict[str, Any]) -> RopeScaling:
+    """Returns the scaling a Hugging Face config asks for; WeightError for one not supported."""
+    scaling = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    if factors := config.get("rope_frequency_factors"):
+        return FactorScaling(factors=tuple(float(factor) for factor in factors))
+    if kind == "default":
+        return NoScaling()
+    if kind == "linear":
+        return LinearScaling(factor=float(scaling["factor"]))
+    if kind == "llama3":
+        return Llama3Scaling(
+            factor=float(scaling["factor"]),
+            low_freq_factor=float(scaling["low_freq_factor"]),
+            high_freq_factor=float(scaling["high_freq_factor"]),
+            original_max_position=int(scaling["original_max_position_embeddings"]),
+        )
+    raise WeightError(
+        f"config.json: rope scaling {kind!r} is not supported; supported: default, linear, llama3"
+    )
+
+
+def inverse_frequencies(
+    head_dim: int, theta: float, scaling: RopeScaling
+) -> np.ndarray:  # [head_dim / 2] f32
+    """Returns the angle by which each pair of dimensions turns for one position."""
+    # Float32 throughout, as the reference computes them: float64 would differ in the last bit.
+    exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
+    frequencies = (np.float32(1.0) / np.float32(theta) ** exponents).astype(np.float32)
+    match scaling:
+        case LinearScaling(factor=factor):
+            return frequencies / np.float32(factor)
+        case FactorScaling(factors=factors):
+            return frequencies / np.asarray(factors, np.float32)
+        case Llama3Scaling():
+            return _llama3(frequencies, scaling)
+    return frequencies
+
+
+def _llama3(frequencies: np.ndarray, scaling: Llama3Scaling) -> np.ndarray:
+    wavelength = 2 * math.pi / frequencies
+    longest = scaling.original_max_position / scaling.low_freq_factor
+    shortest = scaling.original_max_position / scaling.high_freq_factor
+    blend = (scaling.original_max_position / wavelength - scaling.low_freq_factor) / (
+        scaling.high_freq_factor - scaling.low_freq_factor
+    )
+    slowed = frequencies / scaling.factor
+    blended = (1 - blend) * slowed + blend * frequencies
+    scaled = np.where(wavelength > longest, slowed, blended)
+    return np.where(wavelength < shortest, frequencies, scaled).astype(np.float32)
+
+
+def rope_angles(
+    positions: jax.Array,  # [tokens] i32
+    frequencies: np.ndarray,  # [head_dim / 2] f32
+) -> tuple[jax.Array, jax.Array]:  # [tokens, head_dim / 2] f32 each
+    """Returns the cosines and sines of the positions' angles.
+
+    Always float32: bfloat16 cannot tell position 257 from 256.
+    """
+    angles = positions.astype(jnp.float32)[:, None] * jnp.asarray(frequencies)[None, :]
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def apply_rope(
+    x: jax.Array,  # [tokens, heads, head_dim]
+    angles: tuple[jax.Array, jax.Array],  # [tokens, head_dim / 2] f32
+) -> jax.Array:  # [tokens, heads, head_dim], of x's type
+    """Rotates each pair (i, i + head_dim / 2), the order of Hugging Face checkpoints."""
+    cos, sin = (part[:, None, :] for part in angles)
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return rotated.astype(x.dtype)

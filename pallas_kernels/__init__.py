@@ -1,0 +1,1 @@
+"""Pallas kernels and their XLA references: a leaf that imports jax only."""

@@ -1,0 +1,124 @@
+"""The attention contract: argument shapes, their validation, and the choice of backend."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.ragged_paged_attention.reference import (
+    ragged_paged_attention_reference,
+    stored_dtype,
+)
+
+Backend: TypeAlias = Literal["reference"]
+
+# Keys and values of one layer; what the arrays mean is the backend's own affair (`KVLayout`).
+LayerCache: TypeAlias = tuple[jax.Array, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class KVLayout:
+    """How one backend stores the keys and values of a layer."""
+
+    backend: Backend
+    page_size: int  # token positions in one page
+    kv_heads: int
+    head_dim: int
+    dtype: jnp.dtype
+
+    def shapes(self, num_pages: int) -> tuple[jax.ShapeDtypeStruct, ...]:
+        """Returns one layer's keys and values, `[pages, page_size, kv_heads * head_dim]` each.
+
+        Heads lie side by side in a row, so that a sequence's rows are one matrix operand as they
+        are; splitting them would cost a transposed copy on every read.
+        """
+        shape = (num_pages, self.page_size, self.kv_heads * self.head_dim)
+        pages = jax.ShapeDtypeStruct(shape, stored_dtype(self.dtype))
+        return (pages, pages)
+
+    def page_bytes(self) -> int:
+        """Returns the bytes one page takes in one layer."""
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in self.shapes(1))
+
+
+def layout_for(
+    backend: Backend, *, page_size: int, kv_heads: int, head_dim: int, dtype: jnp.dtype
+) -> KVLayout:
+    """Returns the layout that `backend` reads and writes."""
+    return KVLayout(
+        backend=backend, page_size=page_size, kv_heads=kv_heads, head_dim=head_dim, dtype=dtype
+    )
+
+
+def ragged_paged_attention(
+    q: jax.Array,  # [tokens, heads, head_dim]
+    k: jax.Array,  # [tokens, kv_heads, head_dim], of this step's tokens
+    v: jax.Array,  # [tokens, kv_heads, head_dim]
+    cache: LayerCache,  # pages of this layer; donated by the caller's jit
+    kv_lens: jax.Array,  # [sequences] i32, context length with this step's tokens
+    page_table: jax.Array,  # [sequences, pages_per_sequence] i32
+    cu_q_lens: jax.Array,  # [sequences + 1] i32, where each sequence's tokens begin
+    counts: jax.Array,  # [2] i32: sequences of one token (they come first), all sequences
+    *,
+    backend: Backend,
+    scale: float,
+    sliding_window: int | None = None,  # keys seen, the token's own included
+    soft_cap: float | None = None,
+    sinks: jax.Array | None = None,  # [heads] f32, a logit that takes mass and gives no value
+    k_scale: jax.Array | None = None,  # [] f32, stored keys times this are the keys
+    v_scale: jax.Array | None = None,  # [] f32
+) -> tuple[jax.Array, LayerCache]:
+    """Writes `k` and `v` to their pages and attends. Returns `[tokens, heads, head_dim]`, cache.
+
+    Attention is causal, aligned to the end of the context: token r of a sequence has position
+    `kv_len - q_len + r`. Rows past the last sequence are garbage. Raises ValueError at trace time
+    for shapes that do not agree. The semantics are those of TPU ragged paged attention
+    (https://arxiv.org/abs/2604.15464).
+    """
+    _check(q, k, v, kv_lens, page_table, cu_q_lens, counts, sliding_window)
+    assert backend == "reference", backend
+    return ragged_paged_attention_reference(
+        q,
+        k,
+        v,
+        cache,
+        kv_lens,
+        page_table,
+        cu_q_lens,
+        counts,
+        scale=scale,
+        sliding_window=sliding_window,
+        soft_cap=soft_cap,
+        sinks=sinks,
+        k_scale=k_scale,
+        v_scale=v_scale,
+    )
+
+
+def _check(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    kv_lens: jax.Array,
+    page_table: jax.Array,
+    cu_q_lens: jax.Array,
+    counts: jax.Array,
+    sliding_window: int | None,
+) -> None:
+    tokens, heads, head_dim = q.shape
+    if k.shape != v.shape or k.shape[0] != tokens or k.shape[2] != head_dim:
+        raise ValueError(f"{q.shape=} does not go with {k.shape=} and {v.shape=}")
+    if heads % k.shape[1]:
+        raise ValueError(f"{heads=} must be a multiple of kv_heads={k.shape[1]}")
+    sequences = kv_lens.shape[0]
+    if page_table.shape[0] != sequences or cu_q_lens.shape != (sequences + 1,):
+        raise ValueError(f"{kv_lens.shape=}, {page_table.shape=} and {cu_q_lens.shape=} disagree")
+    if sequences > tokens:
+        raise ValueError(f"{sequences=} cannot exceed {tokens=}: each has at least one token")
+    if counts.shape != (2,):
+        raise ValueError(f"{counts.shape=} must be (2,)")
+    if sliding_window is not None and sliding_window < 1:
+        raise ValueError(f"{sliding_window=} must be at least 1")

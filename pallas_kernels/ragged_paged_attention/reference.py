@@ -1,0 +1,304 @@
+"""Ragged paged attention in plain XLA: any device, and the CPU's own path.
+
+Its cost follows the longest context in the batch, not the page table's width: keys are visited in
+blocks, and the number of blocks is data.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+_MASKED = -1e30  # finite: a row that sees no key yields zeros, not NaN
+
+
+def stored_dtype(dtype: jnp.dtype) -> jnp.dtype:
+    """Returns the type that pages are kept in: 16-bit floats as their bits.
+
+    XLA's CPU backend has no bfloat16 scatter: it would convert the whole cache to float32 and back
+    on every write.
+    """
+    return jnp.dtype(jnp.uint16) if dtype == jnp.bfloat16 else jnp.dtype(dtype)
+
+
+def value_dtype(stored: jnp.dtype) -> jnp.dtype:
+    """Returns the type that the bits in pages of type `stored` mean."""
+    return jnp.dtype(jnp.bfloat16) if stored == jnp.uint16 else jnp.dtype(stored)
+
+
+class _Softmax(NamedTuple):
+    """The running state of a softmax over blocks of keys (https://arxiv.org/abs/1805.02867)."""
+
+    peak: jax.Array  # [..., rows] f32, largest logit so far
+    total: jax.Array  # [..., rows] f32, sum of exp(logit - peak)
+    value: jax.Array  # [..., rows, width] f32, the same sum weighted by values
+
+
+class _Rules(NamedTuple):
+    """What changes a logit besides the keys."""
+
+    sliding_window: int | None
+    soft_cap: float | None
+    sinks: jax.Array  # [heads] f32
+
+
+def ragged_paged_attention_reference(
+    q: jax.Array,  # [tokens, heads, head_dim]
+    k: jax.Array,  # [tokens, kv_heads, head_dim]
+    v: jax.Array,  # [tokens, kv_heads, head_dim]
+    cache: tuple[jax.Array, ...],  # keys, values [pages, page_size, kv_heads * head_dim]
+    kv_lens: jax.Array,  # [sequences] i32
+    page_table: jax.Array,  # [sequences, pages_per_sequence] i32
+    cu_q_lens: jax.Array,  # [sequences + 1] i32
+    counts: jax.Array,  # [2] i32: one-token sequences, all sequences
+    *,
+    scale: float,
+    sliding_window: int | None = None,
+    soft_cap: float | None = None,
+    sinks: jax.Array | None = None,  # [heads] f32
+    k_scale: jax.Array | None = None,  # [] f32
+    v_scale: jax.Array | None = None,  # [] f32
+    block_q: int = 128,
+    block_kv: int | None = None,  # keys visited at once; by default from the number of sequences
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    """Returns the attention of `api.ragged_paged_attention` and the cache with the new rows."""
+    tokens, heads, head_dim = q.shape
+    sequences = kv_lens.shape[0]
+    # Scaling queries and outputs is cheaper than scaling every stored key and value.
+    q_scale = jnp.float32(scale) if k_scale is None else jnp.float32(scale) * k_scale
+    q = q.astype(jnp.float32) * q_scale
+    k = k if k_scale is None else k.astype(jnp.float32) / k_scale
+    v = v if v_scale is None else v.astype(jnp.float32) / v_scale
+    cache = _write(cache, k, v, kv_lens, page_table, cu_q_lens, counts)
+
+    no_sinks = jnp.full((heads,), _MASKED, jnp.float32)
+    rules = _Rules(sliding_window, soft_cap, no_sinks if sinks is None else sinks)
+    decode_block = block_kv or min(512, max(128, 8192 // sequences))
+    out = _attend_one(q[:sequences], cache, kv_lens, page_table, counts, rules, decode_block)
+    if sequences < tokens:  # else every sequence has one token
+        rows = jnp.zeros((tokens + block_q, heads, head_dim), jnp.float32)
+        rows = lax.dynamic_update_slice(rows, out, (0, 0, 0))
+        q = jnp.pad(q, ((0, block_q), (0, 0), (0, 0)))
+        out = _attend_tiles(
+            rows, q, cache, kv_lens, page_table, cu_q_lens, counts, rules, block_q, block_kv or 256
+        )[:tokens]
+    return (out if v_scale is None else out * v_scale), cache
+
+
+def _write(
+    cache: tuple[jax.Array, ...],
+    k: jax.Array,  # [tokens, kv_heads, head_dim]
+    v: jax.Array,  # [tokens, kv_heads, head_dim]
+    kv_lens: jax.Array,
+    page_table: jax.Array,
+    cu_q_lens: jax.Array,
+    counts: jax.Array,
+) -> tuple[jax.Array, ...]:
+    """Puts each token's key and value at its position's row; padding tokens write nowhere."""
+    tokens = k.shape[0]
+    dtype = value_dtype(cache[0].dtype)
+    num_pages, page_size, width = cache[0].shape
+    token = jnp.arange(tokens, dtype=jnp.int32)
+    sequence = (token[:, None] >= cu_q_lens[None, 1:]).sum(1, dtype=jnp.int32)
+    sequence = jnp.minimum(sequence, kv_lens.shape[0] - 1)
+    position = jnp.maximum(kv_lens[sequence] - cu_q_lens[sequence + 1] + token, 0)
+    row = page_table[sequence, position // page_size] * page_size + position % page_size
+    row = jnp.where(token < cu_q_lens[counts[1]], row, num_pages * page_size)
+
+    def put(pages: jax.Array, rows: jax.Array) -> jax.Array:
+        flat = pages.reshape(num_pages * page_size, width)
+        rows = lax.bitcast_convert_type(rows.reshape(tokens, width).astype(dtype), pages.dtype)
+        flat = flat.at[row].set(rows, mode="drop")
+        return flat.reshape(pages.shape)
+
+    return put(cache[0], k), put(cache[1], v)
+
+
+def _attend_one(
+    q: jax.Array,  # [sequences, heads, head_dim] f32, scaled
+    cache: tuple[jax.Array, ...],
+    kv_lens: jax.Array,
+    page_table: jax.Array,
+    counts: jax.Array,
+    rules: _Rules,
+    block_kv: int,
+) -> jax.Array:  # [sequences, heads, head_dim] f32
+    """Attends from the newest token of each of the first `counts[0]` sequences."""
+    sequences, heads, head_dim = q.shape
+    _, page_size, width = cache[0].shape
+    kv_heads = width // head_dim
+    # Queries become block-diagonal over the kv heads, so that a sequence's keys are one matrix
+    # as they lie in the cache. The zeros cost multiplications, which are free here: reading the
+    # keys is what takes time.
+    own = jnp.eye(kv_heads, dtype=jnp.float32)[:, None, :, None]
+    wide = q.reshape(sequences, kv_heads, heads // kv_heads, 1, head_dim) * own[None]
+    wide = wide.reshape(sequences, heads, width).astype(value_dtype(cache[0].dtype))
+    context = jnp.where(jnp.arange(sequences) < counts[0], kv_lens, 0)
+    ids_per_block, page_table = _split_pages(page_table, page_size, block_kv)
+    block_kv = ids_per_block * page_size
+
+    def visit(block: jax.Array, state: _Softmax) -> _Softmax:
+        ids = lax.dynamic_slice_in_dim(page_table, block * ids_per_block, ids_per_block, 1)
+        keys = lax.bitcast_convert_type(cache[0][ids], wide.dtype)
+        keys = keys.reshape(sequences, block_kv, width)
+        values = cache[1][ids].reshape(sequences, block_kv, width)
+        # The big operand first and contracted on its last axis: the form XLA's CPU backend
+        # multiplies without repacking it.
+        logits = jnp.einsum("scx,shx->sch", keys, wide, preferred_element_type=jnp.float32)
+        position = block * block_kv + jnp.arange(block_kv, dtype=jnp.int32)[None, :]
+        is_seen = position < context[:, None]
+        if rules.sliding_window is not None:
+            is_seen &= position >= context[:, None] - rules.sliding_window
+        # A row that was never written may hold anything, NaN included, and 0 * NaN is NaN.
+        values = jnp.where(is_seen[:, :, None], values, jnp.zeros((), values.dtype))
+        state, weight = _visit(
+            state, _cap(logits.swapaxes(1, 2), rules.soft_cap), is_seen[:, None, :]
+        )
+        value = jnp.einsum(
+            "shc,scx->shx",
+            weight.astype(wide.dtype),
+            lax.bitcast_convert_type(values, wide.dtype),
+            preferred_element_type=jnp.float32,
+        )
+        return state._replace(value=state.value + value)
+
+    state = _start(rules.sinks, (sequences, heads), width)
+    first = jnp.int32(0)
+    if rules.sliding_window is not None:
+        oldest = jnp.where(context > 0, context - rules.sliding_window, jnp.iinfo(jnp.int32).max)
+        first = jnp.maximum(oldest.min(), 0) // block_kv
+    state = lax.fori_loop(first, _cdiv(context.max(), block_kv), visit, state)
+    value = state.value.reshape(sequences, kv_heads, heads // kv_heads, kv_heads, head_dim)
+    value = (value * own[None]).sum(3).reshape(sequences, heads, head_dim)
+    return value / jnp.maximum(state.total, 1e-30)[:, :, None]
+
+
+def _attend_tiles(
+    out: jax.Array,  # [tokens + block_q, heads, head_dim] f32, rows to overwrite
+    q: jax.Array,  # [tokens + block_q, heads, head_dim] f32, scaled
+    cache: tuple[jax.Array, ...],
+    kv_lens: jax.Array,
+    page_table: jax.Array,
+    cu_q_lens: jax.Array,
+    counts: jax.Array,
+    rules: _Rules,
+    block_q: int,
+    block_kv: int,
+) -> jax.Array:
+    """Attends from the sequences of several tokens, `block_q` rows of one sequence at a time.
+
+    A tile's rows past its sequence are garbage until the next tile, which starts there, writes
+    them: tiles go upwards.
+    """
+    sequence = jnp.arange(kv_lens.shape[0], dtype=jnp.int32)
+    q_lens = cu_q_lens[1:] - cu_q_lens[:-1]
+    is_tiled = (sequence >= counts[0]) & (sequence < counts[1])
+    num_tiles = jnp.where(is_tiled, _cdiv(q_lens, block_q), 0)
+    tile_ends = jnp.cumsum(num_tiles, dtype=jnp.int32)
+    ids_per_block, page_table = _split_pages(page_table, cache[0].shape[1], block_kv)
+
+    def visit(tile: jax.Array, out: jax.Array) -> jax.Array:
+        owner = (tile_ends <= tile).sum(dtype=jnp.int32)
+        offset = (tile - tile_ends[owner] + num_tiles[owner]) * block_q
+        row = cu_q_lens[owner] + offset
+        rows = lax.dynamic_slice_in_dim(q, row, block_q, 0)
+        position = kv_lens[owner] - q_lens[owner] + offset
+        rows = _attend_tile(
+            rows, cache, page_table[owner], position, kv_lens[owner], rules, ids_per_block
+        )
+        return lax.dynamic_update_slice_in_dim(out, rows, row, 0)
+
+    return lax.fori_loop(0, tile_ends[-1], visit, out)
+
+
+def _attend_tile(
+    q: jax.Array,  # [block_q, heads, head_dim] f32, scaled
+    cache: tuple[jax.Array, ...],
+    page_ids: jax.Array,  # [pages_per_sequence] i32
+    first_position: jax.Array,  # [] i32, of the tile's first row
+    kv_len: jax.Array,  # [] i32
+    rules: _Rules,
+    ids_per_block: int,
+) -> jax.Array:  # [block_q, heads, head_dim] f32
+    block_q, heads, head_dim = q.shape
+    _, page_size, width = cache[0].shape
+    kv_heads = width // head_dim
+    block_kv = ids_per_block * page_size
+    rows = q.reshape(block_q, kv_heads, heads // kv_heads, head_dim)
+    rows = rows.transpose(1, 2, 0, 3).reshape(kv_heads, -1, head_dim)
+    rows = rows.astype(value_dtype(cache[0].dtype))
+    query_position = first_position + jnp.arange(block_q, dtype=jnp.int32)
+    query_position = jnp.tile(query_position, heads // kv_heads)[None, :, None]
+
+    def visit(block: jax.Array, state: _Softmax) -> _Softmax:
+        ids = lax.dynamic_slice_in_dim(page_ids, block * ids_per_block, ids_per_block, 0)
+        keys = lax.bitcast_convert_type(cache[0][ids], rows.dtype)
+        keys = keys.reshape(block_kv, kv_heads, head_dim)
+        values = cache[1][ids].reshape(block_kv, kv_heads, head_dim)
+        logits = jnp.einsum("kqd,ckd->kqc", rows, keys, preferred_element_type=jnp.float32)
+        position = block * block_kv + jnp.arange(block_kv, dtype=jnp.int32)
+        is_seen = position[None, None, :] <= query_position
+        if rules.sliding_window is not None:
+            is_seen &= position[None, None, :] > query_position - rules.sliding_window
+        is_written = (position < kv_len)[:, None, None]
+        values = jnp.where(is_written, values, jnp.zeros((), values.dtype))
+        state, weight = _visit(state, _cap(logits, rules.soft_cap), is_seen)
+        value = jnp.einsum(
+            "kqc,ckd->kqd",
+            weight.astype(rows.dtype),
+            lax.bitcast_convert_type(values, rows.dtype),
+            preferred_element_type=jnp.float32,
+        )
+        return state._replace(value=state.value + value)
+
+    sinks = jnp.repeat(rules.sinks.reshape(kv_heads, -1), block_q, axis=1)
+    state = _start(sinks, rows.shape[:2], head_dim)
+    first = jnp.int32(0)
+    if rules.sliding_window is not None:
+        first = jnp.maximum(first_position + 1 - rules.sliding_window, 0) // block_kv
+    last = jnp.minimum(kv_len, first_position + block_q)
+    state = lax.fori_loop(first, _cdiv(last, block_kv), visit, state)
+    value = state.value / jnp.maximum(state.total, 1e-30)[:, :, None]
+    value = value.reshape(kv_heads, heads // kv_heads, block_q, head_dim)
+    return value.transpose(2, 0, 1, 3).reshape(block_q, heads, head_dim)
+
+
+def _split_pages(
+    page_table: jax.Array,  # [..., pages_per_sequence] i32
+    page_size: int,
+    block_kv: int,
+) -> tuple[int, jax.Array]:
+    """Returns how many pages make a block, and the table padded to whole blocks."""
+    ids_per_block = min(max(1, block_kv // page_size), page_table.shape[-1])
+    return ids_per_block, jnp.pad(page_table, ((0, 0), (0, -page_table.shape[-1] % ids_per_block)))
+
+
+def _visit(
+    state: _Softmax,
+    logits: jax.Array,  # [..., rows, keys] f32
+    is_seen: jax.Array,  # [..., rows or 1, keys] bool
+) -> tuple[_Softmax, jax.Array]:
+    """Returns the state rescaled for a block of keys (their values still to add), and weights."""
+    peak = jnp.maximum(state.peak, jnp.where(is_seen, logits, _MASKED).max(-1))
+    weight = jnp.where(is_seen, jnp.exp(logits - peak[..., None]), 0.0)
+    kept = jnp.exp(state.peak - peak)
+    total = state.total * kept + weight.sum(-1)
+    return _Softmax(peak, total, state.value * kept[..., None]), weight
+
+
+def _start(sinks: jax.Array, rows: tuple[int, ...], width: int) -> _Softmax:
+    """Returns the softmax before any key: a sink is a key without a value."""
+    peak = jnp.broadcast_to(sinks.reshape((1,) * (len(rows) - sinks.ndim) + sinks.shape), rows)
+    total = jnp.where(peak > _MASKED, 1.0, 0.0)
+    return _Softmax(peak, total, jnp.zeros((*rows, width), jnp.float32))
+
+
+def _cap(logits: jax.Array, soft_cap: float | None) -> jax.Array:
+    return logits if soft_cap is None else soft_cap * jnp.tanh(logits / soft_cap)
+
+
+def _cdiv(a: jax.Array, b: int) -> jax.Array:
+    return (a + (b - 1)) // b
