@@ -1,0 +1,31 @@
+"""Reads checkpoints: safetensors folders, GGUF files, the embedded demo model.
+
+Host only: imports no jax.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from jaxserve.models.checkpoint.contract import Checkpoint, TokenizerFiles
+from jaxserve.models.checkpoint.gguf import GgufCheckpoint
+from jaxserve.models.checkpoint.gguf_tokenizer import gguf_tokenizer_files
+from jaxserve.models.checkpoint.hub import resolve
+from jaxserve.models.checkpoint.safetensors import SafetensorsCheckpoint
+from jaxserve.models.checkpoint.tokenizer_folder import folder_tokenizer_files
+
+__all__ = ["Checkpoint", "TokenizerFiles", "open_checkpoint", "resolve", "tokenizer_files"]
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """Opens a folder of safetensors or a .gguf file and checks every header in it.
+
+    Raises `WeightError`, naming the file and the tensor, for anything truncated, corrupt or
+    unsupported, before any weight is read.
+    """
+    return SafetensorsCheckpoint(path) if path.is_dir() else GgufCheckpoint(path)
+
+
+def tokenizer_files(path: Path) -> TokenizerFiles:
+    """Returns what a model folder or .gguf file says about its tokenizer, or `WeightError`."""
+    return folder_tokenizer_files(path) if path.is_dir() else gguf_tokenizer_files(path)

@@ -1,0 +1,37 @@
+"""Which architecture names are supported, and by which module."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass
+from typing import Any
+
+from flax import nnx
+
+from jaxserve.errors import WeightError
+from jaxserve.models.llama import Llama, LlamaConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """A model class and the config it is built from."""
+
+    config: Any  # has `from_hf`
+    model: type[nnx.Module]
+
+
+FAMILIES: dict[str, Family] = {
+    "LlamaForCausalLM": Family(config=LlamaConfig, model=Llama),
+    "MistralForCausalLM": Family(config=LlamaConfig, model=Llama),
+}
+
+
+def family_for(config: dict[str, Any]) -> Family:
+    """Returns the family of a Hugging Face config; WeightError names the nearest supported."""
+    names = config.get("architectures") or []
+    for name in names:
+        if name in FAMILIES:
+            return FAMILIES[name]
+    near = difflib.get_close_matches(names[0] if names else "", FAMILIES, n=3, cutoff=0.3)
+    supported = ", ".join(near or FAMILIES)
+    raise WeightError(f"config.json: architecture {names} is not supported; supported: {supported}")
