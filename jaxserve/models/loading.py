@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,9 +47,7 @@ def abstract_model(
     """Returns the model that a Hugging Face config describes; WeightError if it is unknown."""
     family = family_for(hf_config)
     config = family.config.from_hf(hf_config)
-    build: Callable[[], nnx.Module] = lambda: family.model(  # noqa: E731
-        config, dtype=dtype, activation_dtype=activation_dtype
-    )
+    build = functools.partial(family.model, config, dtype=dtype, activation_dtype=activation_dtype)
     graph, state = nnx.split(nnx.eval_shape(build))
     leaves, tree = jax.tree.flatten(state)
     flat = nnx.to_flat_state(state)
@@ -119,7 +118,7 @@ def _check_names(model: AbstractModel, checkpoint: Checkpoint) -> None:
 
 
 def _load(name: str, shape: jax.ShapeDtypeStruct, checkpoint: Checkpoint) -> jax.Array:
-    def read(index: Sequence[slice]) -> np.ndarray:
-        return checkpoint.read(name, tuple(index)).astype(shape.dtype)
+    def read(index: tuple[slice, ...] | None) -> np.ndarray:
+        return checkpoint.read(name, index).astype(shape.dtype)
 
     return jax.make_array_from_callback(shape.shape, shape.sharding, read)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +18,7 @@ class Family:
     """A model class and the config it is built from."""
 
     config: Any  # has `from_hf`
-    model: type[nnx.Module]
+    model: Callable[..., nnx.Module]  # of the config, the weights' and the activations' type
 
 
 FAMILIES: dict[str, Family] = {

@@ -1,0 +1,185 @@
+"""How the rest of jaxserve talks to an engine, and the engine on a thread of this process.
+
+Importing this file imports no jax; making an `EngineThread` does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import queue
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+from jaxserve.config import EngineConfig
+from jaxserve.engine.info import EngineInfo, EngineStats
+from jaxserve.engine.request import Request, Update
+from jaxserve.errors import EngineStopped, JaxserveError, QueueFull
+
+if TYPE_CHECKING:
+    from jaxserve.engine.core import EngineCore
+
+Deliver = Callable[[list[Update]], None]
+
+
+class EngineClient(Protocol):
+    """A running engine. Updates arrive through the `deliver` callback it was made with."""
+
+    info: EngineInfo
+
+    def submit(self, request: Request) -> None:
+        """Queues a request. Raises QueueFull or EngineStopped. Any thread may call it."""
+
+    def abort(self, request_ids: Sequence[str]) -> None:
+        """Ends requests; unknown ids are ignored. Any thread may call it."""
+
+    def stats(self) -> EngineStats:
+        """Returns the counters now."""
+
+    def close(self) -> None:
+        """Stops the engine and frees the device; calling it twice is fine."""
+
+
+@dataclass(frozen=True)
+class _Abort:
+    request_ids: tuple[str, ...]
+
+
+class _Close:
+    """Asks the engine thread to end."""
+
+
+class EngineThread:
+    """Runs an engine on a thread of its own. Any thread may submit, abort and close.
+
+    The thread alone touches the core; others leave messages in an inbox. If the core raises, every
+    live request gets an update with the error, and later submits raise EngineStopped.
+    """
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        deliver: Deliver,
+        *,
+        report: Callable[[str], None] | None = None,
+    ) -> None:
+        """Loads and compiles; returns when ready. Raises what loading raises."""
+        self._deliver = deliver
+        self._inbox: queue.SimpleQueue[Request | _Abort | _Close] = queue.SimpleQueue()
+        self._live: set[str] = set()  # request ids, on the engine thread
+        self._stats = EngineStats()
+        self.error: BaseException | None = None  # what ended the thread, if not `close`
+        self._is_closed = False
+        started: queue.SimpleQueue[EngineInfo | BaseException] = queue.SimpleQueue()
+        self._thread = threading.Thread(
+            target=self._run, args=(config, report or _ignore, started), name="engine", daemon=True
+        )
+        self._thread.start()
+        answer = started.get()
+        if isinstance(answer, BaseException):
+            self._thread.join()
+            raise answer
+        self.info = answer
+
+    def submit(self, request: Request) -> None:
+        """Queues a request; its updates, or one with an error, will be delivered."""
+        if self.error is not None or self._is_closed:
+            raise EngineStopped("the engine has stopped") from self.error
+        waiting = self._num_waiting() + self._inbox.qsize()
+        if waiting >= self._max_waiting:
+            raise QueueFull(f"{waiting} requests wait already; the limit is {self._max_waiting}")
+        self._inbox.put(request)
+
+    def abort(self, request_ids: Sequence[str]) -> None:
+        """Ends requests: an update says so, and their pages are free for the next step."""
+        self._inbox.put(_Abort(tuple(request_ids)))
+
+    def stats(self) -> EngineStats:
+        """Returns the counters after the newest step."""
+        return self._stats
+
+    def close(self) -> None:
+        """Ends the thread and frees the device; requests still live get an error."""
+        self._is_closed = True
+        self._inbox.put(_Close())
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
+
+    def _run(
+        self,
+        config: EngineConfig,
+        report: Callable[[str], None],
+        started: queue.SimpleQueue[EngineInfo | BaseException],
+    ) -> None:
+        try:
+            from jaxserve.engine.core import EngineCore
+
+            core = EngineCore(config, report)
+        except BaseException as error:  # handed to the caller, who raises it
+            started.put(error)
+            return
+        self._max_waiting = core.max_waiting
+        self._num_waiting = lambda: core.num_waiting
+        self._stats = core.stats()
+        started.put(core.info)
+        try:
+            self._loop(core)
+        except BaseException as error:  # the one place: no request may wait for a dead engine
+            self.error = error
+        finally:
+            self._is_closed = True
+            self._fail_all()
+            with contextlib.suppress(Exception):
+                core.close()
+
+    def _loop(self, core: EngineCore) -> None:
+        while True:
+            # Blocks only while there is nothing to compute.
+            for message in self._messages(wait=not core.has_work):
+                if isinstance(message, _Close):
+                    return
+                self._handle(core, message)
+            if core.has_work:
+                self._send(core.step())
+            self._stats = core.stats()
+
+    def _messages(self, *, wait: bool) -> list[Request | _Abort | _Close]:
+        messages = [self._inbox.get()] if wait else []
+        with contextlib.suppress(queue.Empty):
+            while True:
+                messages.append(self._inbox.get_nowait())
+        return messages
+
+    def _handle(self, core: EngineCore, message: Request | _Abort | _Close) -> None:
+        if isinstance(message, Request):
+            self._live.add(message.request_id)
+            try:
+                core.add(message)
+            except JaxserveError as error:
+                self._send([Update(request_id=message.request_id, error=str(error))])
+        elif isinstance(message, _Abort):
+            core.abort(message.request_ids)
+            aborted = [name for name in message.request_ids if name in self._live]
+            self._send([Update(request_id=name, finish_reason="abort") for name in aborted])
+
+    def _send(self, updates: list[Update]) -> None:
+        if not updates:
+            return
+        for update in updates:
+            if update.finish_reason is not None or update.error is not None:
+                self._live.discard(update.request_id)
+        self._deliver(updates)
+
+    def _fail_all(self) -> None:
+        """Tells every request that still hopes, those in the inbox included."""
+        for message in self._messages(wait=False):
+            if isinstance(message, Request):
+                self._live.add(message.request_id)
+        reason = "closed" if self.error is None else f"{type(self.error).__name__}: {self.error}"
+        text = f"the engine has stopped: {reason}"
+        self._send([Update(request_id=request_id, error=text) for request_id in sorted(self._live)])
+
+
+def _ignore(line: str) -> None:
+    """Drops a progress line."""

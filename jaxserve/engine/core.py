@@ -1,0 +1,351 @@
+"""The engine: loads a model, then plans, dispatches and commits steps, one ahead of the device."""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import SingleDeviceSharding
+
+from jaxserve.config import EngineConfig
+from jaxserve.engine.executables import ExecutableStore, private_directory
+from jaxserve.engine.info import EngineInfo, EngineStats
+from jaxserve.engine.pages import PagePool
+from jaxserve.engine.prefix_cache import PrefixCache
+from jaxserve.engine.request import Request, Update
+from jaxserve.engine.runner import (
+    Bucket,
+    Pending,
+    Runner,
+    buckets_for,
+    compile_programs,
+    lower_step,
+)
+from jaxserve.engine.scheduler import Scheduler
+from jaxserve.engine.sequence import StepPlan
+from jaxserve.engine.settings import (
+    Dtypes,
+    Settings,
+    device_line,
+    dtypes_for,
+    eos_tokens_of,
+    num_pages_for,
+    settings_for,
+)
+from jaxserve.engine.step import DeviceState, StepSpec, init_state
+from jaxserve.mesh import mesh_for
+from jaxserve.models.checkpoint import open_checkpoint, resolve
+from jaxserve.models.loading import AbstractModel, abstract_model, dummy_params, load_params
+
+Report = Callable[[str], None]
+
+_COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
+
+
+class EngineCore:
+    """Owns the scheduler and the runner of one model. One thread calls it.
+
+    The device never waits for Python: a step is dispatched before the one before it is read.
+    """
+
+    def __init__(self, config: EngineConfig, report: Report) -> None:
+        started_s = time.monotonic()
+        cache_dir = _use_compile_cache(config.compile_cache_dir)
+        loaded = _load(config, report)
+        num_pages = _num_pages(config, loaded)
+        limits = loaded.settings.limits
+        self._pool = PagePool(num_pages)
+        self._scheduler = _make_scheduler(config, loaded, self._pool)
+        self._runner = _make_runner(config, loaded, num_pages, cache_dir, report)
+        self.max_waiting = loaded.settings.max_waiting
+        self.info = EngineInfo(
+            model=config.model,
+            max_model_len=limits.max_model_len,
+            vocab_size=limits.vocab_size,
+            max_logprobs=config.max_logprobs,
+            max_num_seqs=limits.num_slots,
+            max_num_batched_tokens=limits.max_step_tokens,
+            page_size=limits.page_size,
+            num_pages=num_pages,
+            num_slots=limits.num_slots,
+            eos_tokens=loaded.eos_tokens,
+            device=device_line(loaded.device),
+            dtype=loaded.dtypes.weights.name,
+            attention=loaded.settings.attention,
+            num_programs=self._runner.num_programs,
+            ready_s=time.monotonic() - started_s,
+        )
+        self._pending: Pending | None = None
+        self._dispatch_s = 0.0  # when the newest step was dispatched
+        self._read_s = 0.0  # when the newest read tokens had arrived
+        self._host_gap_s = 0.0
+        self._step_s = 0.0
+        self._queue_s = 0.0
+        self._compiles = CompileCounter()
+        report(
+            f"ready in {self.info.ready_s:.1f} s: {self.info.device}, {self.info.dtype} weights, "
+            f"{loaded.dtypes.kv_cache.name} KV, attention {self.info.attention}, "
+            f"{num_pages} pages of {limits.page_size} tokens, {limits.num_slots} slots, "
+            f"{self.info.num_programs} programs"
+        )
+
+    @property
+    def has_work(self) -> bool:
+        """True while a sequence is unfinished or a step is in flight."""
+        return self._scheduler.has_work or self._pending is not None
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests that wait for a slot."""
+        return self._scheduler.num_waiting
+
+    def add(self, request: Request) -> None:
+        """Queues a request; raises QueueFull, or RequestError for one that cannot ever run."""
+        self._scheduler.add(request)
+
+    def abort(self, request_ids: Sequence[str]) -> None:
+        """Forgets requests: their pages are free at once. Unknown ids are ignored."""
+        for request_id in request_ids:
+            self._scheduler.abort(request_id)
+
+    def step(self) -> list[Update]:
+        """Dispatches the next step, then reads and commits the one before it."""
+        previous, self._pending = self._pending, None
+        plan = self._scheduler.plan_step()
+        if plan is not None:
+            self._count_waits(plan, previous)
+            self._pending = self._runner.dispatch(plan)
+            self._dispatch_s = time.monotonic()
+        if previous is None:
+            return []
+        results = self._runner.read(previous)
+        now_s = time.monotonic()
+        self._step_s += now_s - max(self._read_s, previous.dispatched_s)
+        self._read_s = now_s
+        updates = self._scheduler.commit(previous.plan, results)
+        if not self.has_work:
+            self._scheduler.check_idle()
+        return updates
+
+    def stats(self) -> EngineStats:
+        """Returns the counters now."""
+        scheduler, totals = self._scheduler, self._scheduler.totals
+        return EngineStats(
+            num_running=scheduler.num_running,
+            num_waiting=scheduler.num_waiting,
+            num_pages_free=self._pool.num_free,
+            num_pages=self.info.num_pages,
+            num_steps=self._runner.num_dispatches,
+            prompt_tokens=totals.prompt_tokens,
+            generation_tokens=totals.generation_tokens,
+            prefix_queries=totals.prefix_queries,
+            prefix_hits=totals.prefix_hits,
+            num_preemptions=totals.num_preemptions,
+            num_finished=dict[str, int](totals.num_finished.items()),
+            num_compiles_since_ready=self._compiles.count,
+            host_gap_s=self._host_gap_s,
+            step_s=self._step_s,
+            queue_s=self._queue_s,
+        )
+
+    def close(self) -> None:
+        """Lets go of the device's memory."""
+        self._compiles.close()
+        self._pending = None
+        self._runner.close()
+
+    def _count_waits(self, plan: StepPlan, previous: Pending | None) -> None:
+        """Adds up how long new sequences queued and how long the device may have stood idle.
+
+        A device that still runs the step before does not wait. One that is done has idled at most
+        since the tokens before those were read: an upper bound.
+        """
+        now_s = time.monotonic()
+        for sequence in plan.admitted:
+            if sequence.request.arrival_s and not sequence.num_outputs:
+                self._queue_s += now_s - sequence.request.arrival_s
+        if previous is not None and previous.is_done():
+            self._host_gap_s += now_s - max(self._read_s, self._dispatch_s)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Loaded:
+    """A model on its device, and every size but the number of pages."""
+
+    model: AbstractModel
+    params: tuple[jax.Array, ...]
+    dtypes: Dtypes
+    settings: Settings
+    device: jax.Device
+    eos_tokens: tuple[int, ...]
+
+    def spec(self, max_logprobs: int) -> StepSpec:
+        return StepSpec(
+            limits=self.settings.limits,
+            max_logprobs=max_logprobs,
+            attention=self.settings.attention,
+        )
+
+
+def _load(config: EngineConfig, report: Report) -> _Loaded:
+    """Reads the checkpoint onto the device."""
+    mesh = mesh_for(config.mesh)
+    device = mesh.devices.flat[0]
+    dtypes = dtypes_for(config, device.platform)
+    with open_checkpoint(resolve(config.model, revision=config.revision)) as checkpoint:
+        model = abstract_model(
+            checkpoint.config, mesh, dtype=dtypes.weights, activation_dtype=dtypes.activations
+        )
+        settings = settings_for(config, model, dtypes, device.platform)
+        report(f"loading {config.model}: {model.num_params / 1e6:.0f}M parameters")
+        if config.load_format == "dummy":
+            params = dummy_params(model, config.seed)
+        else:
+            params = load_params(model, checkpoint, progress(report, "loading"))
+        eos_tokens = eos_tokens_of(checkpoint.config, checkpoint.generation_config)
+    return _Loaded(
+        model=model,
+        params=params,
+        dtypes=dtypes,
+        settings=settings,
+        device=device,
+        eos_tokens=eos_tokens,
+    )
+
+
+def _num_pages(config: EngineConfig, loaded: _Loaded) -> int:
+    """Returns how many pages fit beside the weights and the largest program's temporaries."""
+    temporary_bytes = 0
+    if "bytes_limit" in (loaded.device.memory_stats() or {}):
+        largest = _buckets(loaded.settings)[-1]
+        state = _abstract_state(loaded, loaded.settings.limits.pages_per_sequence)
+        lowered = lower_step(loaded.model, loaded.spec(config.max_logprobs), state, largest)
+        analysis = lowered.compile().memory_analysis()
+        assert analysis is not None, loaded.device
+        temporary_bytes = analysis.temp_size_in_bytes + analysis.output_size_in_bytes
+    return num_pages_for(
+        config,
+        loaded.settings,
+        device=loaded.device,
+        model_bytes=loaded.model.param_bytes,
+        temporary_bytes=temporary_bytes,
+    )
+
+
+def _make_scheduler(config: EngineConfig, loaded: _Loaded, pool: PagePool) -> Scheduler:
+    limits = loaded.settings.limits
+    return Scheduler(
+        pool,
+        PrefixCache(limits.page_size, enabled=config.enable_prefix_caching),
+        num_slots=limits.num_slots,
+        max_step_tokens=limits.max_step_tokens,
+        max_model_len=limits.max_model_len,
+        page_size=limits.page_size,
+        max_waiting=loaded.settings.max_waiting,
+        eos_tokens=loaded.eos_tokens,
+        max_page_grants=limits.max_grants,
+        max_history_tokens=limits.max_history,
+        max_wide_admissions=limits.max_wide,
+        policy=config.scheduling_policy,
+    )
+
+
+def _make_runner(
+    config: EngineConfig, loaded: _Loaded, num_pages: int, cache_dir: Path | None, report: Report
+) -> Runner:
+    spec = loaded.spec(config.max_logprobs)
+    state = _abstract_state(loaded, num_pages)
+    store = None
+    if cache_dir is not None:
+        store = ExecutableStore(
+            cache_dir / "programs", loaded.model.config, loaded.dtypes, spec, num_pages
+        )
+    programs = compile_programs(
+        loaded.model, spec, state, _buckets(loaded.settings), store, progress(report, "compiling")
+    )
+    return Runner(
+        spec=spec,
+        params=loaded.params,
+        state=_initial_state(loaded, num_pages),
+        programs=programs,
+    )
+
+
+def _buckets(settings: Settings) -> tuple[Bucket, ...]:
+    limits = settings.limits
+    return buckets_for(limits.max_step_tokens, limits.num_slots, settings.min_rows)
+
+
+def _initial_state(loaded: _Loaded, num_pages: int) -> DeviceState:
+    sharding = SingleDeviceSharding(loaded.device)
+    settings = loaded.settings
+    make = functools.partial(
+        init_state, settings.limits, settings.layout, settings.num_layers, num_pages
+    )
+    return jax.jit(make, out_shardings=sharding)()
+
+
+def _abstract_state(loaded: _Loaded, num_pages: int) -> Any:
+    """Returns the shapes of the device state, a DeviceState of ShapeDtypeStructs."""
+    settings = loaded.settings
+    make = functools.partial(
+        init_state, settings.limits, settings.layout, settings.num_layers, num_pages
+    )
+    sharding = SingleDeviceSharding(loaded.device)
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        jax.eval_shape(make),
+    )
+
+
+def _use_compile_cache(directory: str) -> Path | None:
+    """Turns on JAX's persistent compile cache. Returns the directory, None where it is off."""
+    if not directory:
+        return None
+    path = Path("~/.cache/jaxserve").expanduser() if directory == "auto" else Path(directory)
+    path = private_directory(path)
+    if not jax.config.jax_compilation_cache_dir:  # type: ignore[attr-defined]  # one that the user set stays
+        jax.config.update("jax_compilation_cache_dir", str(private_directory(path / "xla")))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    return path
+
+
+def progress(report: Report, verb: str) -> Callable[..., None]:
+    """Returns a callback for (done, all, *rest) that reports about every second and at the end."""
+    started_s = last_s = time.monotonic()
+
+    def advance(done: int, total: int, *_: float) -> None:
+        nonlocal last_s
+        now_s = time.monotonic()
+        if done < total and now_s - last_s < 1.0:
+            return
+        last_s = now_s
+        elapsed_s = now_s - started_s
+        left_s = elapsed_s / done * (total - done)
+        rest = f", about {left_s:.0f} s left" if done < total else ""
+        bar = "#" * (20 * done // total)
+        report(f"{verb} [{bar:<20}] {done}/{total} in {elapsed_s:.1f} s{rest}")
+
+    return advance
+
+
+class CompileCounter:
+    """Counts XLA compilations from its making on, by JAX's own monitoring events."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        jax.monitoring.register_event_duration_secs_listener(self._hear)
+
+    def _hear(self, event: str, duration_secs: float, **kwargs: str | int) -> None:
+        del duration_secs, kwargs
+        self.count += event == _COMPILE_EVENT
+
+    def close(self) -> None:
+        """Stops counting."""
+        jax.monitoring.unregister_event_duration_listener(self._hear)

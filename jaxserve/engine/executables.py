@@ -1,0 +1,96 @@
+"""Compiled programs on disk, so that a restart neither traces nor compiles.
+
+An entry is found by a key of everything that shaped it; what does not load is compiled again. The
+files hold pickles: the directory is the user's own, mode 0700, and nothing else is ever read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import pickle
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import jaxlib.version
+from jax.experimental import serialize_executable
+
+import jaxserve
+import pallas_kernels
+
+
+class ExecutableStore:
+    """A directory of executables for one engine's settings. Any thread may use it."""
+
+    def __init__(self, directory: Path, *settings: object) -> None:
+        self._directory = private_directory(directory)
+        self._settings = "\n".join([*_platform_facts(), *(repr(setting) for setting in settings)])
+
+    def load(self, *program: object) -> jax.stages.Compiled | None:
+        """Returns the program as compiled before, or None."""
+        path = self._path(program)
+        try:
+            executable, in_tree, out_tree = pickle.loads(path.read_bytes())
+            return serialize_executable.deserialize_and_load(executable, in_tree, out_tree)
+        except FileNotFoundError:
+            return None
+        except Exception:  # a file of another jaxlib, or cut short: compile again
+            path.unlink(missing_ok=True)
+            return None
+
+    def save(self, compiled: jax.stages.Compiled, *program: object) -> None:
+        """Writes a compiled program, whole or not at all."""
+        path = self._path(program)
+        temporary = path.with_suffix(f".{os.getpid()}.tmp")
+        temporary.write_bytes(pickle.dumps(serialize_executable.serialize(compiled)))
+        temporary.replace(path)
+
+    def _path(self, program: tuple[object, ...]) -> Path:
+        key = hashlib.sha256(f"{self._settings}\n{program!r}".encode()).hexdigest()
+        return self._directory / f"{key[:32]}.bin"
+
+
+def private_directory(path: Path) -> Path:
+    """Returns the directory, made if need be, readable by its owner only."""
+    path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    path.chmod(0o700)
+    return path
+
+
+def _platform_facts() -> list[str]:
+    """Returns what an executable depends on besides its program: versions, device, our source."""
+    device = jax.devices()[0]
+    facts: list[Any] = [
+        jax.__version__,
+        jaxlib.version.__version__,
+        sys.version_info[:2],
+        device.platform,
+        device.device_kind,
+        jax.device_count(),
+        os.environ.get("XLA_FLAGS", ""),
+        jax.config.jax_numpy_dtype_promotion,  # type: ignore[attr-defined]
+        jax.config.jax_default_matmul_precision,  # type: ignore[attr-defined]
+        _cpu_features(),
+        _source_digest(),
+    ]
+    return [repr(fact) for fact in facts]
+
+
+def _cpu_features() -> str:
+    """Returns the processor's instruction sets: CPU executables need the same again."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return ""
+    return next((line for line in lines if line.startswith(("flags", "Features"))), "")
+
+
+def _source_digest() -> str:
+    digest = hashlib.sha256()
+    for package in (jaxserve, pallas_kernels):
+        for root in package.__path__:
+            for path in sorted(Path(root).rglob("*.py")):
+                digest.update(path.read_bytes())
+    return digest.hexdigest()

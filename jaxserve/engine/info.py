@@ -1,0 +1,50 @@
+"""What an engine says about itself: fixed facts once ready, and counters at a moment.
+
+Host only: imports no jax. msgspec encodes both.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineInfo:
+    """Facts that hold from ready until close."""
+
+    model: str
+    max_model_len: int  # tokens of prompt and answer together
+    vocab_size: int
+    max_logprobs: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    page_size: int
+    num_pages: int
+    num_slots: int
+    eos_tokens: tuple[int, ...]
+    device: str
+    dtype: str
+    attention: str
+    num_programs: int  # compiled step programs
+    ready_s: float  # from the start of loading until ready
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineStats:
+    """A snapshot for /metrics. `num_running` to `num_pages` are of now; the rest only grows."""
+
+    num_running: int = 0
+    num_waiting: int = 0
+    num_pages_free: int = 0
+    num_pages: int = 0
+    num_steps: int = 0
+    prompt_tokens: int = 0
+    generation_tokens: int = 0
+    prefix_queries: int = 0  # prompt tokens looked up
+    prefix_hits: int = 0  # prompt tokens found
+    num_preemptions: int = 0
+    num_finished: dict[str, int] = field(default_factory=dict)  # by finish reason
+    num_compiles_since_ready: int = 0
+    host_gap_s: float = 0.0  # time the device waited for the host
+    step_s: float = 0.0  # time in steps
+    queue_s: float = 0.0  # time requests spent waiting for their first step

@@ -1,0 +1,225 @@
+"""The engine's process: reads the front's frames, runs an engine, sends back what it delivers.
+
+`python -m jaxserve.engine.process FD` is how the front starts it. Imports no jax before `main`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import queue
+import signal
+import socket
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+from jaxserve.config import EngineConfig, from_table
+from jaxserve.engine.info import EngineInfo, EngineStats
+from jaxserve.engine.request import Request, Update
+from jaxserve.engine.wire import (
+    LENGTH,
+    MAX_FRAME_BYTES,
+    Abort,
+    Admitted,
+    AskStats,
+    Close,
+    Died,
+    Progress,
+    Ready,
+    RequestFrame,
+    Start,
+    Stats,
+    Submit,
+    ToEngine,
+    ToFront,
+    Updates,
+    engine_decoder,
+    pack_frame,
+    unpack_request,
+)
+from jaxserve.errors import EngineStopped, JaxserveError
+
+CLOSE_GRACE_S = 10.0
+
+
+class Engine(Protocol):
+    """What the engine's side needs of an engine: `jaxserve.engine.client.EngineClient`."""
+
+    @property
+    def info(self) -> EngineInfo:
+        """What was loaded."""
+
+    @property
+    def error(self) -> BaseException | None:
+        """What ended the engine, if not `close`."""
+
+    def submit(self, request: Request) -> None:
+        """Admits a request or raises `QueueFull` or `EngineStopped`."""
+
+    def abort(self, request_ids: Sequence[str]) -> None:
+        """Ends requests; unknown ones are ignored."""
+
+    def stats(self) -> EngineStats:
+        """Returns the counters."""
+
+    def close(self) -> None:
+        """Stops the engine."""
+
+
+Deliver = Callable[[list[Update]], None]
+MakeEngine = Callable[[EngineConfig, Deliver, Callable[[str], None]], Engine]
+
+
+class _Outbox:
+    """Frames on their way to the front. Any thread puts; one thread writes what has queued."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+        self._frames: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._write, name="ipc-write", daemon=True)
+        self._thread.start()
+
+    def put(self, message: ToFront) -> None:
+        """Queues a frame; never blocks."""
+        self._frames.put(pack_frame(message))
+
+    def close(self) -> None:
+        """Writes what has queued and ends the thread."""
+        self._frames.put(None)
+        self._thread.join(CLOSE_GRACE_S)
+
+    def _write(self) -> None:
+        # The reader thread notices a front that has left; here it only ends the writing.
+        with contextlib.suppress(OSError):
+            while (frame := self._frames.get()) is not None:
+                self._sock.sendall(frame)
+
+
+def serve_ipc(sock: socket.socket, make_engine: MakeEngine) -> None:
+    """Serves one front until it closes or dies; the engine loads on a thread of its own.
+
+    `make_engine` is called with the options, `deliver` (takes one step's updates, never blocks)
+    and `report` (takes a line about loading).
+    """
+    frames = sock.makefile("rb")
+    outbox = _Outbox(sock)
+    start = _read_frame(frames)
+    if not isinstance(start, Start):
+        return
+    engines: list[Engine] = []
+    loading = (start.config, make_engine, engines, outbox)
+    threading.Thread(target=_load, args=loading, name="engine-load", daemon=True).start()
+    while (message := _read_frame(frames)) is not None and not isinstance(message, Close):
+        if engines:
+            _obey(message, engines[0], outbox)
+    if engines:
+        engines[0].close()
+    outbox.close()
+    with contextlib.suppress(OSError):
+        sock.shutdown(socket.SHUT_RDWR)
+
+
+def _load(
+    config: dict[str, Any],
+    make_engine: MakeEngine,
+    engines: list[Engine],  # empty until the engine takes requests
+    outbox: _Outbox,
+) -> None:
+    def deliver(updates: list[Update]) -> None:
+        outbox.put(Updates(updates))
+        if engines and any(update.error is not None for update in updates):
+            _report_death(engines[0], outbox)
+
+    try:
+        engine = make_engine(
+            from_table(EngineConfig, config), deliver, lambda line: outbox.put(Progress(line))
+        )
+    except Exception as error:
+        if not isinstance(error, JaxserveError):
+            traceback.print_exception(error)
+        outbox.put(Died(type(error).__name__, str(error) or type(error).__name__))
+    else:
+        engines.append(engine)
+        outbox.put(Ready(engine.info))
+
+
+def _report_death(engine: Engine, outbox: _Outbox) -> None:
+    """Tells the front, and the log, if the engine has died; a request alone may fail, too."""
+    if engine.error is not None:
+        traceback.print_exception(engine.error)
+        outbox.put(Died("EngineStopped", f"{type(engine.error).__name__}: {engine.error}"))
+
+
+def _read_frame(frames: Any) -> ToEngine | None:
+    """Returns the next message; None when the front has gone."""
+    try:
+        head = frames.read(LENGTH.size)
+        if len(head) < LENGTH.size:
+            return None
+        (size,) = LENGTH.unpack(head)
+        if size > MAX_FRAME_BYTES or len(body := frames.read(size)) < size:
+            return None
+    except OSError:
+        return None
+    message: ToEngine = engine_decoder.decode(body)
+    return message
+
+
+def _obey(message: ToEngine, engine: Engine, outbox: _Outbox) -> None:
+    match message:
+        case Submit(call, frames):
+            outbox.put(_admit(call, frames, engine, outbox))
+        case Abort(request_ids):
+            engine.abort(request_ids)
+        case AskStats(call):
+            try:
+                outbox.put(Stats(call, engine.stats()))
+            except EngineStopped as error:
+                outbox.put(Died("EngineStopped", str(error)))
+
+
+def _admit(call: int, frames: list[RequestFrame], engine: Engine, outbox: _Outbox) -> Admitted:
+    admitted: list[str] = []
+    try:
+        for frame in frames:
+            engine.submit(unpack_request(frame))
+            admitted.append(frame.request_id)
+    except JaxserveError as error:
+        engine.abort(admitted)
+        if isinstance(error, EngineStopped):
+            outbox.put(Died("EngineStopped", str(error)))
+        return Admitted(call, type(error).__name__, str(error), getattr(error, "param", None))
+    return Admitted(call)
+
+
+def own_no_signals() -> None:
+    """Leaves the signals to the front, which drains first; its death is an end of file."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def main() -> None:
+    """Runs the engine process; the file descriptor of its socket is the only argument."""
+    own_no_signals()
+    # Whatever a native library prints must not mix with a command's standard output.
+    os.dup2(2, 1)
+    sock = socket.socket(fileno=int(sys.argv[1]))
+
+    def make_engine(
+        config: EngineConfig, deliver: Deliver, report: Callable[[str], None]
+    ) -> Engine:
+        from jaxserve.engine.client import EngineThread
+
+        return EngineThread(config, deliver, report=report)
+
+    serve_ipc(sock, make_engine)
+    sys.stderr.flush()
+    # Compiler and device threads may still be at work; none may hold up the end of the process.
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()

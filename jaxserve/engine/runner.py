@@ -1,0 +1,204 @@
+"""Holds the compiled step of every bucket and the device state, and runs plans on them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxserve.engine.executables import ExecutableStore
+from jaxserve.engine.packing import Packed, blob_layout, extras_layout, pack
+from jaxserve.engine.request import TokenLogprobs
+from jaxserve.engine.sequence import SpanResult, StepPlan
+from jaxserve.engine.step import DeviceState, StepSpec, make_step
+from jaxserve.models.loading import AbstractModel
+
+Bucket = tuple[int, int]  # tokens, rows
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pending:
+    """A dispatched step whose tokens are not yet read."""
+
+    plan: StepPlan
+    packed: Packed
+    output: jax.Array  # [rows, 3 + 2 * max_logprobs] i32, on its way to the host
+    dispatched_s: float  # time.monotonic()
+
+    def is_done(self) -> bool:
+        """Returns whether the device has finished the step."""
+        return self.output.is_ready()  # type: ignore[attr-defined]  # not in jax's stubs
+
+
+class Runner:
+    """Runs steps on the device. One thread (the engine's) calls it.
+
+    Every call goes to a held `Compiled`: an argument of another shape raises, nothing compiles.
+    """
+
+    def __init__(
+        self,
+        *,
+        spec: StepSpec,
+        params: tuple[jax.Array, ...],
+        state: DeviceState,
+        programs: dict[Bucket, jax.stages.Compiled],
+    ) -> None:
+        self._spec = spec
+        self._params = params
+        self._state = state
+        self._programs = programs
+        self._buckets = tuple(sorted(programs))
+        self._no_extras = jax.device_put(np.zeros(extras_layout(spec.limits).size, np.int32))
+        self._no_grammar = {
+            rows: jax.device_put(np.zeros((rows, spec.limits.mask_words), np.uint32))
+            for _, rows in programs
+        }
+        self.num_dispatches = 0
+
+    @property
+    def num_programs(self) -> int:
+        """Compiled steps held, one for each bucket."""
+        return len(self._programs)
+
+    def close(self) -> None:
+        """Drops parameters, state and programs, so that their memory is free."""
+        self._params = ()
+        self._programs = {}
+        del self._state
+
+    def dispatch(self, plan: StepPlan) -> Pending:
+        """Starts the plan's step, and returns without waiting for it."""
+        packed = pack(plan, self._spec.limits, self._buckets)
+        extras = self._no_extras if packed.extras is None else jax.device_put(packed.extras)
+        program = self._programs[packed.num_tokens, packed.num_rows]
+        self._state, output = program(
+            self._params,
+            self._state,
+            jax.device_put(packed.blob),
+            extras,
+            self._no_grammar[packed.num_rows],
+        )
+        output.copy_to_host_async()
+        self.num_dispatches += 1
+        return Pending(plan=plan, packed=packed, output=output, dispatched_s=time.monotonic())
+
+    def read(self, pending: Pending) -> list[SpanResult]:
+        """Waits for a step and returns what it brought for each span of its plan."""
+        report = np.asarray(pending.output)
+        tokens = report[:, 0].tolist()
+        results = []
+        for span, row in zip(pending.packed.spans, pending.packed.first_rows, strict=True):
+            params = span.sequence.request.params
+            last = row + span.num_rows - 1
+            scored = range(row, row + span.num_rows - span.samples)
+            has_logprobs = span.samples and params.logprobs is not None
+            results.append(
+                SpanResult(
+                    token=tokens[last] if span.samples else None,
+                    logprobs=token_logprobs(report[last], params.logprobs or 0)
+                    if has_logprobs
+                    else None,
+                    prompt_logprobs=tuple(
+                        token_logprobs(report[index], params.prompt_logprobs or 0)
+                        for index in scored
+                    ),
+                )
+            )
+        return results
+
+
+def token_logprobs(
+    row: np.ndarray,  # [3 + 2 * max_logprobs] i32, as `ops.sampling.sample` reports it
+    count: int,
+) -> TokenLogprobs:
+    """Returns the chosen token's log-probability and the `count` most likely tokens'."""
+    max_logprobs = (len(row) - 3) // 2
+    values = row.view(np.float32)
+    tops = row[3 : 3 + count].tolist()
+    return TokenLogprobs(
+        token=int(row[0]),
+        logprob=float(values[1]),
+        rank=int(row[2]),
+        top=tuple(
+            zip(tops, values[3 + max_logprobs : 3 + max_logprobs + count].tolist(), strict=True)
+        ),
+    )
+
+
+def buckets_for(max_tokens: int, max_rows: int, min_rows: int) -> tuple[Bucket, ...]:
+    """Returns the (tokens, rows) buckets of a configuration, at most 16.
+
+    One-token steps get a row bucket each; steps with prefills get a token bucket, all rows.
+    """
+    rows = _powers(min_rows, max(max_rows, min_rows))
+    smallest = max(64, 2 * rows[-1])
+    tokens = _powers(smallest, max(max_tokens, smallest))
+    buckets = [(count, count) for count in rows] + [(count, rows[-1]) for count in tokens]
+    assert len(buckets) <= 16, buckets
+    return tuple(buckets)
+
+
+def _powers(first: int, last: int) -> list[int]:
+    """Returns first, 2 first, 4 first, ... below `last`, and `last`."""
+    values = []
+    while first < last:
+        values.append(first)
+        first *= 2
+    return [*values, last]
+
+
+def compile_programs(
+    model: AbstractModel,
+    spec: StepSpec,
+    state: Any,  # DeviceState of ShapeDtypeStructs
+    buckets: tuple[Bucket, ...],
+    store: ExecutableStore | None,
+    report: Callable[[int, int, float], None],
+) -> dict[Bucket, jax.stages.Compiled]:
+    """Returns the compiled step of every bucket, from the store where it has it.
+
+    Lowering and compiling run on threads; `report` gets (done, all, seconds).
+    """
+    started_s = time.monotonic()
+
+    def build(bucket: Bucket) -> jax.stages.Compiled:
+        if store is not None and (compiled := store.load(bucket)) is not None:
+            return compiled
+        compiled = lower_step(model, spec, state, bucket).compile()
+        if store is not None:
+            store.save(compiled, bucket)
+        return compiled
+
+    programs = {}
+    with ThreadPoolExecutor(max_workers=4, thread_name_prefix="compile") as pool:
+        futures = {pool.submit(build, bucket): bucket for bucket in buckets}
+        for future in as_completed(futures):
+            programs[futures[future]] = future.result()
+            report(len(programs), len(buckets), time.monotonic() - started_s)
+    return programs
+
+
+def lower_step(
+    model: AbstractModel, spec: StepSpec, state: Any, bucket: Bucket
+) -> jax.stages.Lowered:
+    """Returns the lowered step of one bucket; the arguments are those `Runner.dispatch` passes."""
+    num_tokens, num_rows = bucket
+    sharding = jax.tree.leaves(state)[0].sharding
+
+    def array(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+    return make_step(spec, model.graph, model.tree, bucket).lower(
+        model.shapes,
+        state,
+        array((blob_layout(spec.limits, num_tokens, num_rows).size,), jnp.int32),
+        array((extras_layout(spec.limits).size,), jnp.int32),
+        array((num_rows, spec.limits.mask_words), jnp.uint32),
+    )

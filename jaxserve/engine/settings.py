@@ -1,0 +1,187 @@
+"""Decides what the configuration leaves to the engine, from the model and the device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxserve.config import EngineConfig
+from jaxserve.engine.packing import Limits
+from jaxserve.engine.request import MAX_EOS_TOKENS
+from jaxserve.errors import ConfigError, WeightError
+from jaxserve.models.loading import AbstractModel
+from jaxserve.ops.attention import backend_for
+from pallas_kernels.ragged_paged_attention import Backend, KVLayout, layout_for
+
+_CPU_KV_BYTES = 2 * 2**30
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dtypes:
+    """Number types of a configuration."""
+
+    weights: jnp.dtype
+    activations: jnp.dtype
+    kv_cache: jnp.dtype
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeviceDefaults:
+    """What a kind of device does well."""
+
+    page_size: int
+    num_slots: int
+    max_step_tokens: int
+    min_rows: int  # smallest row bucket
+
+
+# A CPU multiplies a single bfloat16 row ten times slower than two rows.
+DEFAULTS = {
+    "cpu": DeviceDefaults(page_size=16, num_slots=32, max_step_tokens=512, min_rows=2),
+    "gpu": DeviceDefaults(page_size=16, num_slots=256, max_step_tokens=2048, min_rows=8),
+    "tpu": DeviceDefaults(page_size=64, num_slots=256, max_step_tokens=2048, min_rows=8),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Everything decided before anything is compiled, but for the number of pages."""
+
+    limits: Limits
+    layout: KVLayout
+    attention: Backend
+    num_layers: int
+    min_rows: int
+    max_waiting: int
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of one page in all layers."""
+        return self.layout.page_bytes() * self.num_layers
+
+
+def dtypes_for(config: EngineConfig, platform: str) -> Dtypes:
+    """Returns the number types; on a CPU, bfloat16 weights where its instructions know them."""
+    weights = config.dtype
+    if weights == "auto":
+        weights = "bfloat16" if platform != "cpu" or _has_bfloat16_instructions() else "float32"
+    # XLA's CPU backend is slow at everything in bfloat16 but products summed in float32.
+    activations = "float32" if platform == "cpu" else weights
+    kv_cache = weights if config.kv_cache_dtype == "auto" else config.kv_cache_dtype
+    return Dtypes(
+        weights=jnp.dtype(weights), activations=jnp.dtype(activations), kv_cache=jnp.dtype(kv_cache)
+    )
+
+
+def settings_for(
+    config: EngineConfig, model: AbstractModel, dtypes: Dtypes, platform: str
+) -> Settings:
+    """Returns the sizes of a configuration; ConfigError for ones that cannot work."""
+    defaults = DEFAULTS[platform]
+    num_slots = _chosen(config.max_num_seqs, defaults.num_slots)
+    page_size = _chosen(config.page_size, defaults.page_size)
+    max_step_tokens = _chosen(config.max_num_batched_tokens, defaults.max_step_tokens)
+    max_model_len = _chosen(config.max_model_len, model.config.max_positions)
+    if max_model_len > model.config.max_positions:
+        raise ConfigError(
+            f"max_model_len is {max_model_len}; the model has "
+            f"{model.config.max_positions} positions"
+        )
+    for name, value in (
+        ("max_num_seqs", num_slots),
+        ("page_size", page_size),
+        ("max_num_batched_tokens", max_step_tokens),
+        ("max_model_len", max_model_len - 1),
+    ):
+        if value < 1:
+            raise ConfigError(f"{name} is too small")
+    backend = backend_for(platform)
+    return Settings(
+        limits=Limits(
+            num_slots=num_slots,
+            pages_per_sequence=-(-max_model_len // page_size),
+            page_size=page_size,
+            vocab_size=model.config.vocab_size,
+            max_model_len=max_model_len,
+            max_step_tokens=max_step_tokens,
+        ),
+        layout=layout_for(
+            backend,
+            page_size=page_size,
+            kv_heads=model.config.num_kv_heads,
+            head_dim=model.config.head_dim,
+            dtype=dtypes.kv_cache,
+        ),
+        attention=backend,
+        num_layers=model.config.num_layers,
+        min_rows=defaults.min_rows,
+        max_waiting=_chosen(config.max_num_queued_reqs, max(64, 4 * num_slots)),
+    )
+
+
+def num_pages_for(
+    config: EngineConfig,
+    settings: Settings,
+    *,
+    device: jax.Device,
+    model_bytes: int,
+    temporary_bytes: int,  # of the largest program
+) -> int:
+    """Returns how many KV pages to make; ConfigError, with the numbers, where a request won't fit.
+
+    A CPU gets 2 GiB; a device that knows its memory gets what weights and programs leave of it.
+    """
+    limits = settings.limits
+    needed = limits.pages_per_sequence
+    stats = device.memory_stats() or {}
+    if config.num_pages != "auto":
+        num_pages = config.num_pages
+    else:
+        if config.kv_cache_memory_bytes != "auto":
+            available = config.kv_cache_memory_bytes
+        elif "bytes_limit" in stats:
+            usable = int(stats["bytes_limit"] * config.gpu_memory_utilization)
+            available = usable - model_bytes - temporary_bytes
+        else:
+            available = _CPU_KV_BYTES
+        # More than every slot at full length can never be used.
+        num_pages = min(available // settings.page_bytes, needed * limits.num_slots)
+    if num_pages < needed:
+        raise ConfigError(
+            f"{num_pages} KV pages of {settings.page_bytes / 2**20:.2f} MiB fit; one request of "
+            f"max_model_len {limits.max_model_len} needs {needed}: lower max_model_len to "
+            f"{max(num_pages, 0) * limits.page_size} or raise kv_cache_memory_bytes"
+        )
+    return num_pages
+
+
+def _chosen(value: int | str, default: int) -> int:
+    return default if isinstance(value, str) else value
+
+
+def _has_bfloat16_instructions() -> bool:
+    try:
+        flags = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+    return any(flag in flags for flag in ("avx512_bf16", "amx_bf16", " bf16"))
+
+
+def device_line(device: jax.Device) -> str:
+    """Returns a device in words, for logs."""
+    return f"{device.platform} ({device.device_kind})"
+
+
+def eos_tokens_of(hf_config: dict[str, Any], generation_config: dict[str, Any]) -> tuple[int, ...]:
+    """Returns the tokens that end an answer, by either file."""
+    tokens: set[int] = set()
+    for source in (hf_config, generation_config):
+        value = source.get("eos_token_id")
+        tokens.update([value] if isinstance(value, int) else value or [])
+    if len(tokens) > MAX_EOS_TOKENS:
+        raise WeightError(f"eos_token_id has {len(tokens)} entries; the limit is {MAX_EOS_TOKENS}")
+    return tuple(sorted(tokens))

@@ -1,0 +1,143 @@
+"""What travels between the front and the engine process: msgpack frames, never pickle.
+
+A frame is a 4-byte big-endian length and one msgpack message; all that one engine step brings
+travels in one frame. Host only: imports no jax.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import struct
+from typing import Any
+
+import msgspec
+
+from jaxserve.engine.info import EngineInfo, EngineStats
+from jaxserve.engine.request import Request, SamplingParams, Update
+
+LENGTH = struct.Struct(">I")
+MAX_FRAME_BYTES = 2**30
+
+
+class Start(msgspec.Struct, array_like=True, tag=True):
+    """The front's first frame: the engine's options."""
+
+    config: dict[str, Any]
+
+
+class Submit(msgspec.Struct, array_like=True, tag=True):
+    """Requests that are admitted all together or not at all; answered by `Admitted`."""
+
+    call: int
+    requests: list[RequestFrame]
+
+
+class RequestFrame(msgspec.Struct, array_like=True):
+    """A `Request` with only those sampling parameters that differ from their defaults."""
+
+    request_id: str
+    prompt_tokens: tuple[int, ...]
+    params: dict[str, Any]
+    priority: int
+    cache_salt: str
+    arrival_s: float
+
+
+class Abort(msgspec.Struct, array_like=True, tag=True):
+    """Requests whose client has left."""
+
+    request_ids: list[str]
+
+
+class AskStats(msgspec.Struct, array_like=True, tag=True):
+    """Answered by `Stats`."""
+
+    call: int
+
+
+class Close(msgspec.Struct, array_like=True, tag=True):
+    """The engine process is to end."""
+
+
+class Progress(msgspec.Struct, array_like=True, tag=True):
+    """A line about loading, for the log."""
+
+    line: str
+
+
+class Ready(msgspec.Struct, array_like=True, tag=True):
+    """The engine takes requests from now on."""
+
+    info: EngineInfo
+
+
+class Admitted(msgspec.Struct, array_like=True, tag=True):
+    """The answer to `Submit`; `kind` names the error that refused it."""
+
+    call: int
+    kind: str | None = None
+    message: str = ""
+    param: str | None = None
+
+
+class Updates(msgspec.Struct, array_like=True, tag=True):
+    """What one step brought for every request that it touched."""
+
+    updates: list[Update]
+
+
+class Stats(msgspec.Struct, array_like=True, tag=True):
+    """The answer to `AskStats`."""
+
+    call: int
+    stats: EngineStats
+
+
+class Died(msgspec.Struct, array_like=True, tag=True):
+    """The engine cannot go on; the process ends after this frame."""
+
+    kind: str
+    message: str
+
+
+ToEngine = Start | Submit | Abort | AskStats | Close
+ToFront = Progress | Ready | Admitted | Updates | Stats | Died
+
+_encoder = msgspec.msgpack.Encoder()
+engine_decoder = msgspec.msgpack.Decoder(ToEngine)
+front_decoder = msgspec.msgpack.Decoder(ToFront)
+_DEFAULTS = {field.name: field.default for field in dataclasses.fields(SamplingParams)}
+
+
+def pack_frame(message: ToEngine | ToFront) -> bytes:
+    """Returns the message with its length in front."""
+    body = _encoder.encode(message)
+    return LENGTH.pack(len(body)) + body
+
+
+def pack_request(request: Request) -> RequestFrame:
+    """Returns the request as it travels."""
+    values = ((name, getattr(request.params, name)) for name in _DEFAULTS)
+    return RequestFrame(
+        request.request_id,
+        request.prompt_tokens,
+        {name: value for name, value in values if value != _DEFAULTS[name]},
+        request.priority,
+        request.cache_salt,
+        request.arrival_s,
+    )
+
+
+def unpack_request(frame: RequestFrame) -> Request:
+    """Returns the request equal to the one that was packed."""
+    params = dict(frame.params)
+    if words := params.get("bad_word_tokens"):
+        params["bad_word_tokens"] = tuple(tuple(word) for word in words)
+    return Request(
+        request_id=frame.request_id,
+        prompt_tokens=frame.prompt_tokens,
+        params=SamplingParams(**params),
+        priority=frame.priority,
+        cache_salt=frame.cache_salt,
+        arrival_s=frame.arrival_s,
+    )

@@ -1,0 +1,210 @@
+"""Any mix of requests, aborts and steps, on small pools, against each request run alone."""
+
+import dataclasses
+
+from hypothesis import settings, strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from jaxserve.engine.pages import PagePool
+from jaxserve.engine.prefix_cache import PrefixCache
+from jaxserve.engine.request import Request, SamplingParams
+from jaxserve.engine.scheduler import Scheduler
+from tests.engine.fake_device import (
+    EOS,
+    VOCABULARY,
+    FakeDevice,
+    Pipeline,
+    logprobs_of,
+    run_alone,
+)
+
+tokens = st.integers(0, VOCABULARY - 1)
+shared_start = st.lists(tokens, min_size=16, max_size=16)
+sampling = st.builds(
+    dict,
+    max_tokens=st.sampled_from([None, 8, 2, 4, 20]),
+    min_tokens=st.sampled_from([0, 0, 0, 2]),
+    ignore_eos=st.sampled_from([True, True, False]),
+    stop_token_ids=st.sampled_from([(), (), (), (4,)]),
+    presence_penalty=st.sampled_from([0.0, 0.0, 0.5]),
+    logit_bias=st.sampled_from([None, None, {1: 1.0}]),
+    logprobs=st.sampled_from([None, 0]),
+    prompt_logprobs=st.sampled_from([None, None, None, 0]),
+)
+
+
+@st.composite
+def limits(draw):
+    """Draws the sizes of a scheduler on which the longest sequence fits, mostly barely."""
+    page_size = draw(st.integers(1, 4))
+    pages_per_sequence = draw(st.integers(2, 8))
+    max_model_len = pages_per_sequence * page_size - draw(st.integers(0, page_size - 1))
+    num_slots = draw(st.sampled_from([4, 3, 2, 1]))
+    return {
+        "num_pages": pages_per_sequence + draw(st.integers(0, 3)),
+        "page_size": page_size,
+        "num_slots": num_slots,
+        "max_step_tokens": draw(st.sampled_from([4, 8, 16, 3, 2, 1])),
+        "max_model_len": max_model_len,
+        "max_waiting": 8,
+        "max_page_grants": pages_per_sequence + draw(st.integers(0, 2)),
+        "max_history_tokens": max_model_len + draw(st.integers(0, 8)),
+        "max_wide_admissions": draw(st.integers(1, 2)),
+        "max_step_rows": draw(st.integers(1, num_slots + 2)),
+        "policy": draw(st.sampled_from(["priority", "fcfs"])),
+    }
+
+
+class SchedulerMachine(RuleBasedStateMachine):
+    """Drives a scheduler and a device that remembers what each page holds."""
+
+    @initialize(
+        limits=limits(), caches=st.booleans(), start=st.lists(tokens, min_size=16, max_size=16)
+    )
+    def build(self, limits, caches, start):
+        self.limits = dict(limits)
+        num_pages, page_size = limits.pop("num_pages"), limits["page_size"]
+        self.pool = PagePool(num_pages)
+        prefix_cache = PrefixCache(page_size, enabled=caches)
+        scheduler = Scheduler(self.pool, prefix_cache, eos_tokens=(EOS,), **limits)
+        device = FakeDevice(num_pages=num_pages, page_size=page_size, num_slots=limits["num_slots"])
+        self.pipeline = Pipeline(scheduler, device)
+        self.start = start  # shared by prompts, so that prefixes are hit
+        self.requests = {}
+        self.aborted = set()
+
+    @property
+    def scheduler(self):
+        return self.pipeline.scheduler
+
+    @precondition(lambda self: self.scheduler.num_waiting < self.limits["max_waiting"])
+    @rule(
+        num_shared=st.integers(0, 16),
+        rest=st.lists(tokens, min_size=1, max_size=3),
+        params=sampling,
+        priority=st.sampled_from([1, 0, 2]),
+        salt=st.sampled_from(["", "", "", "salt"]),
+        copies=st.integers(1, 4),
+    )
+    def submit(self, num_shared, rest, params, priority, salt, copies):
+        prompt = [*self.start[:num_shared], *rest][: self.limits["max_model_len"] - 1]
+        for _ in range(min(copies, self.limits["max_waiting"] - self.scheduler.num_waiting)):
+            request = Request(
+                request_id=f"request {len(self.requests)}",
+                prompt_tokens=tuple(prompt),
+                params=SamplingParams(**params),
+                priority=priority,
+                cache_salt=salt,
+            )
+            self.requests[request.request_id] = request
+            self.scheduler.add(request)
+
+    @precondition(lambda self: self.requests)
+    @rule(data=st.data())
+    def abort(self, data):
+        recent = list(self.requests)[-8:]
+        request_id = data.draw(st.sampled_from(recent))
+        if not self._is_finished(request_id):
+            self.aborted.add(request_id)
+        self.scheduler.abort(request_id)
+
+    @rule(count=st.sampled_from([4, 1, 2, 8]))
+    def step(self, count):
+        for _ in range(count):
+            self._check_plan(self.pipeline.step())
+            self._check_memory()
+
+    @invariant()
+    def pages_are_conserved(self):
+        if not hasattr(self, "pool"):
+            return
+        self.pool.check()
+        held = [page for sequence in self.scheduler.running for page in sequence.pages]
+        assert len(set(held)) == self.pool.num_pages - self.pool.num_free
+        assert all(self.pool.num_holders_of(page) == held.count(page) for page in held)
+        assert not any(sequence.pages for sequence in self.scheduler.waiting)
+
+    def teardown(self):
+        if not hasattr(self, "pool"):
+            return
+        num_steps = 0
+        while self.scheduler.has_work or self.pipeline.in_flight:
+            self.step(1)
+            assert (num_steps := num_steps + 1) < 2000, f"{self.scheduler.num_running=}"
+        self.scheduler.check_idle()
+        for request_id, request in self.requests.items():
+            self._check_updates(request_id, request)
+
+    def _is_finished(self, request_id):
+        updates = self.pipeline.updates.get(request_id, ())
+        return any(update.finish_reason is not None for update in updates)
+
+    def _check_plan(self, plan):
+        if plan is None:
+            return
+        limits, spans = self.limits, plan.spans
+        assert plan.num_tokens == sum(span.count for span in spans) <= limits["max_step_tokens"]
+        assert plan.num_rows == sum(span.num_rows for span in spans) <= limits["max_step_rows"]
+        assert sum(len(grant.pages) for grant in plan.grants) <= limits["max_page_grants"]
+        num_history = sum(sequence.num_history for sequence in plan.admitted)
+        assert num_history <= limits["max_history_tokens"]
+        assert sum(sequence.is_wide for sequence in plan.admitted) <= limits["max_wide_admissions"]
+        assert len({span.sequence for span in spans}) == len(spans) <= limits["num_slots"]
+        assert all(span.count == 1 and span.samples for span in spans[: plan.num_decode])
+        assert not any(span.count == 1 and span.samples for span in spans[plan.num_decode :])
+        computing = {span.sequence for span in spans}
+        assert not computing.intersection(plan.preempted)
+        assert computing.issuperset(plan.admitted)
+
+    def _check_memory(self):
+        """Each running sequence sees its own tokens at every position it has computed."""
+        for sequence in self.scheduler.running:
+            end = min(sequence.num_computed, len(sequence.tokens))
+            assert self.pipeline.device.read(sequence.slot, end) == sequence.tokens[:end]
+
+    def _check_updates(self, request_id, request):
+        outputs, reason, stop_token = run_alone(request, self.limits["max_model_len"])
+        updates = self.pipeline.updates.get(request_id, [])
+        seen = self.pipeline.outputs_of(request_id)
+        if request_id in self.aborted:
+            assert seen == outputs[: len(seen)] and not self._is_finished(request_id)
+        else:
+            last = updates[-1]
+            assert (seen, last.finish_reason, last.stop_token) == (outputs, reason, stop_token)
+        assert all(update.finish_reason is None for update in updates[:-1])
+        if updates:
+            self._check_logprobs(request, updates, [*request.prompt_tokens, *seen])
+
+    def _check_logprobs(self, request, updates, context):
+        expected = [logprobs_of(context[:end], context[end]) for end in range(1, len(context))]
+        num_prompt = len(request.prompt_tokens)
+        prompt_logprobs = (None, *expected[: num_prompt - 1])
+        wants_prompt = request.params.prompt_logprobs is not None
+        assert updates[0].prompt_logprobs == (prompt_logprobs if wants_prompt else None)
+        assert all(update.prompt_logprobs is None for update in updates[1:])
+        logprobs = [entry for update in updates for entry in update.logprobs]
+        assert logprobs == (expected[num_prompt - 1 :] if request.params.logprobs == 0 else [])
+        cached = updates[0].num_cached_tokens
+        assert cached % self.limits["page_size"] == 0 and cached < num_prompt
+        assert not cached or not wants_prompt
+
+
+def test_any_history_of_requests_gives_each_what_it_would_get_alone():
+    options = settings(max_examples=120, stateful_step_count=30, deadline=None)
+    SchedulerMachine.TestCase.settings = options
+    SchedulerMachine.TestCase().runTest()
+
+
+def test_preemptions_and_hits_do_happen_on_a_pool_this_small():
+    machine = SchedulerMachine()
+    sizes = {"num_pages": 7, "page_size": 2, "num_slots": 4, "max_step_tokens": 6}
+    more = {"max_model_len": 12, "max_waiting": 30, "max_page_grants": 6, "policy": "priority"}
+    rest = {"max_history_tokens": 12, "max_wide_admissions": 1, "max_step_rows": 4}
+    machine.build({**sizes, **more, **rest}, True, [3, 1, 4, 1, 5])
+    params = dataclasses.asdict(SamplingParams(max_tokens=6, ignore_eos=True, logprobs=0))
+    for number in range(24):
+        machine.submit(number % 6, [number % 5 + 1], params, number % 3, "", 1)
+    machine.teardown()
+    totals = machine.scheduler.totals
+    assert totals.num_preemptions > 10 and totals.prefix_hits > 10
+    assert totals.num_finished == {"stop": 0, "length": 24, "abort": 0}
