@@ -1,0 +1,180 @@
+"""Small real implementations that tests use in place of costly ones."""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from collections.abc import Callable, Sequence
+
+import tokenizers
+
+from jaxserve.engine.info import EngineInfo, EngineStats
+from jaxserve.engine.request import FinishReason, Request, TokenLogprobs, Update
+from jaxserve.errors import EngineStopped, QueueFull
+from jaxserve.text.tokenizer import BYTE_OF_LETTER, Tokenizer
+
+
+class EchoEngine:
+    """Answers each prompt with its own tokens, one a step, then again from the start.
+
+    Steps run on a thread, `step_s` apart. The k-th likeliest token at any position is the true
+    one plus k, with the logprob -1 - k. Stops at `max_tokens`, or before a `stop_token_ids` entry.
+    """
+
+    def __init__(
+        self,
+        deliver: Callable[[list[Update]], None],
+        *,
+        step_s: float = 0.0,
+        vocab_size: int = 256,
+        max_model_len: int = 128,
+        max_waiting: int = 64,
+        dies_at: int | None = None,  # a prompt token that ends the engine when it is generated
+        fails_at: int | None = None,  # a prompt token that ends its request alone
+    ) -> None:
+        self.info = EngineInfo(
+            model="echo",
+            max_model_len=max_model_len,
+            vocab_size=vocab_size,
+            max_logprobs=20,
+            max_num_seqs=max_waiting,
+            max_num_batched_tokens=1024,
+            page_size=16,
+            num_pages=100,
+            num_slots=max_waiting,
+            eos_tokens=(),
+            device="none",
+            dtype="none",
+            attention="none",
+            num_programs=0,
+            ready_s=0.0,
+        )
+        self.aborted: list[str] = []
+        self.error: Exception | None = None
+        self._deliver = deliver
+        self._step_s = step_s
+        self._dies_at, self._fails_at = dies_at, fails_at
+        self._live: dict[str, tuple[Request, int]] = {}
+        self._num_steps = 0
+        self._num_generated = 0
+        self._num_prompt_tokens = 0
+        self._finished: dict[str, int] = {}
+        self._is_dead = False
+        self._wake = threading.Condition()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def submit(self, request: Request) -> None:
+        """Admits a request."""
+        with self._wake:
+            if self._is_dead:
+                raise EngineStopped("the echo engine is closed")
+            if len(self._live) >= self.info.max_num_seqs:
+                raise QueueFull(f"{len(self._live)} requests wait already")
+            self._live[request.request_id] = (request, 0)
+            self._num_prompt_tokens += len(request.prompt_tokens)
+            self._wake.notify()
+
+    def abort(self, request_ids: Sequence[str]) -> None:
+        """Drops requests; remembers which."""
+        with self._wake:
+            for request_id in request_ids:
+                if self._live.pop(request_id, None) is not None:
+                    self.aborted.append(request_id)
+
+    def stats(self) -> EngineStats:
+        """Returns the counters."""
+        with self._wake:
+            if self._is_dead:
+                raise EngineStopped("the echo engine is closed")
+            return EngineStats(
+                num_running=len(self._live),
+                num_waiting=0,
+                num_pages_free=100 - len(self._live),
+                num_pages=100,
+                num_steps=self._num_steps,
+                prompt_tokens=self._num_prompt_tokens,
+                generation_tokens=self._num_generated,
+                prefix_queries=0,
+                prefix_hits=0,
+                num_preemptions=0,
+                num_finished={**self._finished, "abort": len(self.aborted)},
+                num_compiles_since_ready=0,
+                host_gap_s=0.0,
+                step_s=0.0,
+                queue_s=0.0,
+            )
+
+    def close(self) -> None:
+        """Ends the thread."""
+        with self._wake:
+            self._is_dead = True
+            self._wake.notify()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while True:
+            with self._wake:
+                self._wake.wait_for(lambda: self._live or self._is_dead)
+                if self._is_dead:
+                    return
+                updates = [self._advance(*entry) for entry in list(self._live.values())]
+                self._is_dead = self._is_dead or self.error is not None
+                self._num_steps += 1
+                self._num_generated += len(updates)
+            self._deliver(updates)
+            if self._step_s:
+                time.sleep(self._step_s)
+
+    def _advance(self, request: Request, count: int) -> Update:
+        prompt, params = request.prompt_tokens, request.params
+        token = prompt[count % len(prompt)]
+        if token in (self._dies_at, self._fails_at):
+            del self._live[request.request_id]
+            if token == self._dies_at:
+                self.error = RuntimeError("the device is gone")
+            return Update(request_id=request.request_id, error="the step failed")
+        reason: FinishReason | None = None
+        stop_token = None
+        if token in params.stop_token_ids:
+            reason, stop_token = "stop", token
+        elif count + 1 >= (params.max_tokens or math.inf):
+            reason = "length"
+        self._live[request.request_id] = (request, count + 1)
+        if reason is not None:
+            del self._live[request.request_id]
+            self._finished[reason] = self._finished.get(reason, 0) + 1
+        prompt_logprobs = None
+        if count == 0 and params.prompt_logprobs is not None:
+            known = [self._logprobs(token, params.prompt_logprobs) for token in prompt[1:]]
+            prompt_logprobs = (None, *known)
+        has_logprobs = params.logprobs is not None
+        return Update(
+            request_id=request.request_id,
+            tokens=(token,),
+            logprobs=(self._logprobs(token, params.logprobs or 0),) if has_logprobs else (),
+            prompt_logprobs=prompt_logprobs,
+            finish_reason=reason,
+            stop_token=stop_token,
+        )
+
+    def _logprobs(self, token: int, count: int) -> TokenLogprobs:
+        top = tuple(((token + k) % self.info.vocab_size, -1.0 - k) for k in range(count))
+        return TokenLogprobs(token=token, logprob=-1.0, rank=1, top=top)
+
+
+def byte_tokenizer(chat_template: str | None = None) -> Tokenizer:
+    """Returns a tokenizer whose tokens are the bytes, then <bos>, <eos>, <|user|>, <|end|>."""
+    alphabet = dict(BYTE_OF_LETTER)
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=alphabet, merges=[]))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(
+        add_prefix_space=False, use_regex=False
+    )
+    backend.decoder = tokenizers.decoders.ByteLevel()
+    backend.add_special_tokens(["<bos>", "<eos>", "<|user|>", "<|end|>"])
+    return Tokenizer(
+        backend,
+        special_tokens={"bos_token": "<bos>", "eos_token": "<eos>"},
+        chat_template=chat_template,
+    )
