@@ -1,0 +1,112 @@
+"""The HTTP application: every route once, the door in front of them, and how errors are told."""
+
+from __future__ import annotations
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import ClientDisconnect, Request as HttpRequest
+from starlette.responses import Response
+from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from jaxserve.errors import (
+    AuthenticationError,
+    JaxserveError,
+    MethodNotAllowed,
+    NotFound,
+    NotReady,
+    QueueFull,
+    RequestError,
+)
+from jaxserve.server import auth, chat, completions, health, limits, models
+from jaxserve.server.events import JSON, error_body
+from jaxserve.server.state import ServerState
+
+RETRY_AFTER_S = 1
+# These answer in every phase: while loading, draining, and after the engine has died.
+ALWAYS_SERVED = auth.OPEN_PATHS | {"/metrics", "/version"}
+
+
+def build_app(state: ServerState) -> Starlette:
+    """Returns the application over `state`, which may still be loading."""
+    app = Starlette(
+        routes=[
+            Route("/v1/completions", completions.create_completion, methods=["POST"]),
+            Route("/v1/chat/completions", chat.create_chat_completion, methods=["POST"]),
+            Route("/v1/models", models.list_models, methods=["GET"]),
+            Route("/v1/models/{model:path}", models.get_model, methods=["GET"]),
+            Route("/health", health.health, methods=["GET"]),
+            Route("/ready", health.ready, methods=["GET"]),
+            Route("/ping", health.health, methods=["GET", "POST"]),
+            Route("/version", health.version, methods=["GET"]),
+            Route("/metrics", health.get_metrics, methods=["GET"]),
+        ],
+        middleware=[Middleware(Door, state=state)],
+        exception_handlers={
+            JaxserveError: _on_error,
+            HTTPException: _on_error,
+            ClientDisconnect: _on_error,
+            Exception: _on_error,
+        },
+    )
+    app.router.redirect_slashes = False
+    app.state.server = state
+    return app
+
+
+class Door:
+    """Everything a request must pass before its route: limits, key, readiness."""
+
+    def __init__(self, app: ASGIApp, state: ServerState) -> None:
+        self._app = app
+        self._state = state
+        self._digests = auth.hash_keys(state.config.api_key)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Lets the request in, or answers with the error that keeps it out."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        config = self._state.config
+        try:
+            limits.check_headers(scope, config.max_body_bytes)
+            auth.authenticate(scope, self._digests)
+            if scope["path"] not in ALWAYS_SERVED:
+                self._state.check_ready()
+        except JaxserveError as error:
+            await render_error(error)(scope, receive, send)
+            return
+        body = limits.LimitedBody(receive, config.max_body_bytes, config.body_timeout_s)
+        with self._state.running():
+            await self._app(scope, body, send)
+
+
+def render_error(error: Exception) -> Response:
+    """Returns the one form that every error takes in HTTP."""
+    headers: dict[str, str] = {}
+    if isinstance(error, ClientDisconnect):
+        return Response(status_code=499)  # nobody reads it; the status is for the log
+    if isinstance(error, QueueFull | NotReady):
+        headers["retry-after"] = str(RETRY_AFTER_S)
+    if isinstance(error, AuthenticationError):
+        headers["www-authenticate"] = "Bearer"
+    status = error.status if isinstance(error, JaxserveError) else 500
+    return JSON({"error": error_body(error)}, status_code=status, headers=headers)
+
+
+async def _on_error(http: HttpRequest, error: Exception) -> Response:
+    if not isinstance(error, HTTPException):
+        return render_error(error)
+    response = render_error(_http_error(http, error))
+    response.headers.update(error.headers or {})
+    return response
+
+
+def _http_error(http: HttpRequest, error: HTTPException) -> RequestError:
+    path = http.scope["path"][:200]
+    if error.status_code == 405:
+        return MethodNotAllowed(f"{path} does not take {http.method}")
+    if error.status_code == 404:
+        return NotFound(f"there is nothing at {path}")
+    return RequestError(str(error.detail))

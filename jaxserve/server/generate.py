@@ -1,0 +1,225 @@
+"""What completions and chat share: from a checked body to samples in flight, and their counts."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import secrets
+import time
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from typing import Any, TypeVar
+
+from starlette.requests import Request as HttpRequest
+
+from jaxserve.engine.ipc import UpdateStream
+from jaxserve.engine.request import Request
+from jaxserve.errors import PromptTooLong, RequestError
+from jaxserve.generation import Assembler, Delta, PositionLogprobs, TokenText
+from jaxserve.server.metrics import SampleClock
+from jaxserve.server.protocol.common import (
+    GenerationFields,
+    PromptTokensDetails,
+    Usage,
+    check_request_id,
+)
+from jaxserve.server.state import ServerState
+from jaxserve.text.tokenizer import Tokenizer
+
+T = TypeVar("T")
+
+# Longer texts are encoded on a thread, so that streams are not held up.
+MAX_INLINE_CHARS = 2000
+# A prompt is too long if so many characters for each position of the context are too many tokens.
+PROBE_CHARS = 4
+PROBE_SLACK_TOKENS = 16
+MIN_LOGPROB = -9999.0  # JSON has no infinity
+
+
+class Sample:
+    """One choice of the reply, in flight."""
+
+    def __init__(self, index: int, request: Request, prompt: int, state: ServerState) -> None:
+        _, _, text = state.loaded()
+        self.index = index
+        self.prompt = prompt  # which of the client's prompts
+        self.prompt_tokens = request.prompt_tokens
+        self.is_started = False  # for streams: something has been sent
+        self.assembler = Assembler(request, text.tokenizer)
+        self.clock = SampleClock(state.metrics, request.arrival_s)
+
+
+class Generation:
+    """All samples of one HTTP request. Closing `updates` aborts those that have not finished."""
+
+    def __init__(
+        self,
+        state: ServerState,
+        updates: UpdateStream,
+        prompts: Sequence[Sequence[Request]],  # each prompt's samples
+    ) -> None:
+        self.updates = updates
+        self.samples: dict[str, Sample] = {}
+        self._num_cached = [0] * len(prompts)
+        self._num_prompt_tokens = 0
+        self._num_tokens = 0
+        self._has_details = state.config.enable_prompt_tokens_details
+        for number, requests in enumerate(prompts):
+            self._num_prompt_tokens += len(requests[0].prompt_tokens)
+            state.metrics.prompt_tokens.observe(len(requests[0].prompt_tokens))
+            state.metrics.params_n.observe(len(requests))
+            for request in requests:
+                sample = Sample(len(self.samples), request, number, state)
+                self.samples[request.request_id] = sample
+
+    @property
+    def usage(self) -> Usage:
+        """What has been computed so far; each prompt counts once, however many its samples."""
+        cached = PromptTokensDetails(cached_tokens=sum(self._num_cached))
+        return Usage(
+            prompt_tokens=self._num_prompt_tokens,
+            completion_tokens=self._num_tokens,
+            total_tokens=self._num_prompt_tokens + self._num_tokens,
+            prompt_tokens_details=cached if self._has_details else None,
+        )
+
+    async def deltas(self) -> AsyncGenerator[list[tuple[Sample, Delta]]]:
+        """Yields what has come since the last time. Raises `EngineStopped` if the engine dies."""
+        updates = self.updates
+        while not updates.is_finished:
+            news = []
+            for update in await updates.take():
+                sample = self.samples[update.request_id]
+                delta = sample.assembler.push(update)
+                if delta.must_abort:
+                    updates.drop(update.request_id)
+                self._num_tokens += len(delta.tokens)
+                cached = self._num_cached
+                cached[sample.prompt] = max(cached[sample.prompt], delta.num_cached_tokens)
+                sample.clock.tick(len(delta.tokens), is_last=delta.finish_reason is not None)
+                news.append((sample, delta))
+            yield news
+
+
+async def start(state: ServerState, prompts: Sequence[Sequence[Request]]) -> Generation:
+    """Returns the generation of all requests once the engine has admitted them."""
+    engine, _, _ = state.loaded()
+    updates = await engine.submit([request for requests in prompts for request in requests])
+    return Generation(state, updates, prompts)
+
+
+class Outcome:
+    """A sample's deltas put together, for replies that do not stream."""
+
+    def __init__(self, sample: Sample) -> None:
+        self.sample = sample
+        self.tokens: list[int] = []
+        self.logprobs: list[PositionLogprobs] = []
+        self.prompt_logprobs: Sequence[PositionLogprobs | None] | None = None
+        self.last = Delta()
+        self._texts: list[str] = []
+
+    @property
+    def text(self) -> str:
+        """The whole text."""
+        return "".join(self._texts)
+
+    def add(self, delta: Delta) -> None:
+        """Appends what a delta brought."""
+        self._texts.append(delta.text)
+        self.tokens.extend(delta.tokens)
+        self.logprobs.extend(delta.logprobs or ())
+        if delta.prompt_logprobs is not None:
+            self.prompt_logprobs = delta.prompt_logprobs
+        self.last = delta
+
+
+async def collect(generation: Generation) -> list[Outcome]:
+    """Returns every sample's outcome, in order; aborts them all when it is cancelled."""
+    outcomes = {id(sample): Outcome(sample) for sample in generation.samples.values()}
+    async with generation.updates, contextlib.aclosing(generation.deltas()) as deltas:
+        async for news in deltas:
+            for sample, delta in news:
+                outcomes[id(sample)].add(delta)
+    return _share_prompt_logprobs(list(outcomes.values()))
+
+
+def _share_prompt_logprobs(outcomes: list[Outcome]) -> list[Outcome]:
+    """Gives every sample of a prompt what the engine told its first sample alone."""
+    known = {outcome.sample.prompt: outcome for outcome in reversed(outcomes)}
+    for outcome in outcomes:
+        outcome.prompt_logprobs = known[outcome.sample.prompt].prompt_logprobs
+    return outcomes
+
+
+def arrival(http: HttpRequest, body: GenerationFields, prefix: str) -> tuple[str, float]:
+    """Returns the reply's id and the time. The header's id goes before the body's, then chance."""
+    now_s = time.monotonic()
+    if header := http.headers.get("x-request-id"):
+        return prefix + check_request_id(header, "x-request-id"), now_s
+    if body.request_id:
+        return prefix + check_request_id(body.request_id, "request_id"), now_s
+    return prefix + secrets.token_hex(16), now_s
+
+
+def engine_id(reply_id: str) -> str:
+    """Returns an id that no other request in flight has, even if clients repeat theirs."""
+    return f"{reply_id}-{secrets.token_hex(4)}"
+
+
+async def off_loop(work: Callable[[], T], num_chars: int) -> T:
+    """Returns the result of encoding `num_chars` characters, on a thread if they are many."""
+    return await asyncio.to_thread(work) if num_chars > MAX_INLINE_CHARS else work()
+
+
+def check_length(text: str, tokenizer: Tokenizer, limit: int, param: str) -> None:
+    """Raises `PromptTooLong` early: the beginning of a hopeless text is enough to tell."""
+    if len(text) <= PROBE_CHARS * limit:
+        return
+    head = tokenizer.encode(text[: PROBE_CHARS * limit], add_special_tokens=False)
+    # The cut may have split a few tokens more than the whole text has there.
+    if (count := len(head) - PROBE_SLACK_TOKENS) >= limit:
+        raise PromptTooLong(count, limit, param=param, at_least=True)
+
+
+@contextlib.contextmanager
+def params_named(names: dict[str, str]) -> Iterator[None]:
+    """Lets a `RequestError` name the field as this endpoint spells it."""
+    try:
+        yield
+    except RequestError as error:
+        error.param = names.get(error.param or "", error.param)
+        raise
+
+
+def token_name(token: TokenText, as_ids: bool) -> str:
+    """Returns how replies write a token."""
+    return f"token_id:{token.token}" if as_ids else token.text
+
+
+def finite(logprob: float) -> float:
+    """Returns the log-probability as JSON can write it."""
+    return max(logprob, MIN_LOGPROB)
+
+
+def prompt_logprobs_body(
+    positions: Sequence[PositionLogprobs | None] | None, count: int | None
+) -> list[dict[int, dict[str, Any]] | None] | None:
+    """Returns vLLM's form: for each position {token: {logprob, rank, decoded_token}}."""
+    if positions is None or count is None:
+        return None
+    return [_position_body(position, count) for position in positions]
+
+
+def _position_body(
+    position: PositionLogprobs | None, count: int
+) -> dict[int, dict[str, Any]] | None:
+    if position is None:
+        return None
+    return {
+        entry.token: {
+            "logprob": finite(entry.logprob),
+            "rank": entry.rank,
+            "decoded_token": entry.text,
+        }
+        for entry in (position.chosen, *position.top[:count])
+    }

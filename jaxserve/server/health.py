@@ -1,0 +1,48 @@
+"""Probes and facts: /health, /ready, /ping, /version, /metrics."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+
+from starlette.requests import Request as HttpRequest
+from starlette.responses import Response
+
+from jaxserve import __version__
+from jaxserve.errors import EngineStopped
+from jaxserve.server import metrics
+from jaxserve.server.events import JSON
+from jaxserve.server.state import ServerState
+
+STATS_TIMEOUT_S = 5.0
+
+
+async def health(http: HttpRequest) -> Response:
+    """Returns 200 while the front and the engine live, loading and draining included."""
+    state: ServerState = http.app.state.server
+    state.check_alive()
+    return Response()
+
+
+async def ready(http: HttpRequest) -> Response:
+    """Returns 200 while requests are taken, else 503 with the reason."""
+    state: ServerState = http.app.state.server
+    state.check_ready()
+    return Response()
+
+
+async def version(http: HttpRequest) -> Response:
+    """Returns the package's version."""
+    return JSON({"version": __version__})
+
+
+async def get_metrics(http: HttpRequest) -> Response:
+    """Returns what Prometheus scrapes; without the engine's part when it does not answer."""
+    state: ServerState = http.app.state.server
+    info = stats = None
+    if state.engine is not None and state.engine.info is not None:
+        with contextlib.suppress(EngineStopped, TimeoutError):
+            stats = await asyncio.wait_for(state.engine.stats(), STATS_TIMEOUT_S)
+            info = state.engine.info
+    snapshot = metrics.Snapshot(state.model_names[0], state.metrics, info, stats)
+    return Response(metrics.render(snapshot), media_type=metrics.CONTENT_TYPE)

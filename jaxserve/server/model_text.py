@@ -1,0 +1,90 @@
+"""The text side of one model: its tokenizer, its chat template, its sampling defaults."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jaxserve.config import EngineConfig, ServerConfig
+from jaxserve.engine.request import SamplingParams
+from jaxserve.errors import ConfigError
+from jaxserve.models.checkpoint import open_checkpoint, resolve, tokenizer_files
+from jaxserve.text.chat_template import ChatTemplate
+from jaxserve.text.tokenizer import Tokenizer
+
+# generation_config.json's name, ours.
+DEFAULTED = {
+    "temperature": "temperature",
+    "top_p": "top_p",
+    "top_k": "top_k",
+    "min_p": "min_p",
+    "typical_p": "typical_p",
+    "repetition_penalty": "repetition_penalty",
+    "max_new_tokens": "max_tokens",
+}
+
+logger = logging.getLogger("jaxserve")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelText:
+    """What turns a client's text into tokens and back. Any thread may use it."""
+
+    tokenizer: Tokenizer
+    chat_template: ChatTemplate | None
+    defaults: Mapping[str, Any]  # SamplingParams fields for requests that leave them out
+
+
+def find_model(config: EngineConfig) -> Path:
+    """Returns the model's folder or file, downloading it when it is a Hub id."""
+    return resolve(config.model, revision=config.revision)
+
+
+def load_text(path: Path, engine: EngineConfig, server: ServerConfig) -> ModelText:
+    """Reads the text side of the model at `path`. Raises `ConfigError` or `WeightError`."""
+    source = path
+    if engine.tokenizer != "auto":
+        source = resolve(engine.tokenizer, revision=engine.revision)
+    tokenizer = Tokenizer.from_files(tokenizer_files(source))
+    template_text = server_template(server.chat_template) or tokenizer.chat_template
+    template = None
+    if template_text:
+        template = ChatTemplate(template_text, special_tokens=tokenizer.special_tokens)
+    defaults: Mapping[str, Any] = {}
+    if server.generation_config == "auto":
+        with open_checkpoint(path) as checkpoint:
+            defaults = sampling_defaults(checkpoint.generation_config)
+    if defaults:
+        logger.info("sampling defaults of the model: %s", defaults)
+    return ModelText(
+        tokenizer=tokenizer,
+        chat_template=template,
+        defaults=defaults,
+    )
+
+
+def server_template(option: str) -> str:
+    """Returns the template that --chat-template names or is. Raises `ConfigError`."""
+    if not option or "{" in option or "\n" in option:
+        return option
+    try:
+        return Path(option).read_text()
+    except OSError as error:
+        raise ConfigError(f"chat_template {option!r} cannot be read: {error.strerror}") from error
+
+
+def sampling_defaults(generation_config: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns generation_config.json's sampling options by our names, checked."""
+    defaults = {
+        ours: generation_config[theirs]
+        for theirs, ours in DEFAULTED.items()
+        if generation_config.get(theirs) is not None
+    }
+    try:
+        SamplingParams(**defaults)
+    except ValueError as error:
+        raise ConfigError(f"generation_config.json: {error}") from error
+    return defaults

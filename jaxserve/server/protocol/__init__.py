@@ -1,0 +1,1 @@
+"""What clients send and receive: typed requests (msgspec) and replies (dataclasses for orjson)."""

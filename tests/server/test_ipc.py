@@ -1,0 +1,197 @@
+"""The engine in another process: what arrives, what is refused, what happens at an end."""
+
+import asyncio
+import dataclasses
+import socket
+
+import msgspec
+import pytest
+
+from jaxserve.config import EngineConfig
+from jaxserve.engine.ipc import IpcClient
+from jaxserve.engine.process import serve_ipc
+from jaxserve.engine.request import Request, SamplingParams, TokenLogprobs, Update
+from jaxserve.engine.wire import (
+    RequestFrame,
+    Updates,
+    front_decoder,
+    pack_frame,
+    pack_request,
+    unpack_request,
+)
+from jaxserve.errors import ConfigError, EngineStopped, QueueFull
+from tests.fakes import EchoEngine
+from tests.server.serving import EchoLink, echo_command
+
+pytestmark = pytest.mark.anyio
+
+
+def request(name: str = "a", *, tokens: tuple[int, ...] = (1, 2, 3), **params: object) -> Request:
+    return Request(
+        request_id=name,
+        prompt_tokens=tokens,
+        params=SamplingParams(**params),  # type: ignore[arg-type]
+    )
+
+
+async def drain(stream) -> list[Update]:
+    updates = []
+    while not stream.is_finished:
+        updates += await stream.take()
+    return updates
+
+
+def test_a_request_survives_the_wire_with_every_parameter():
+    sent = Request(
+        request_id="a",
+        prompt_tokens=(1, 2),
+        params=SamplingParams(
+            n=2,
+            temperature=0.5,
+            top_p=0.9,
+            top_k=5,
+            min_p=0.1,
+            typical_p=0.9,
+            presence_penalty=1,
+            frequency_penalty=-1,
+            repetition_penalty=1.1,
+            seed=2**62,
+            max_tokens=None,
+            min_tokens=1,
+            stop=["x"],
+            stop_token_ids=[3],
+            include_stop_str_in_output=True,
+            ignore_eos=True,
+            logprobs=2,
+            prompt_logprobs=0,
+            logit_bias={5: -1.5},
+            allowed_token_ids=[1, 5],
+            bad_words=["no"],
+            bad_word_tokens=((1, 2), (3,)),
+            detokenize=False,
+            skip_special_tokens=False,
+            spaces_between_special_tokens=False,
+        ),
+        priority=-3,
+        cache_salt="salt",
+        arrival_s=1.5,
+    )
+    frame = msgspec.msgpack.decode(msgspec.msgpack.encode(pack_request(sent)), type=RequestFrame)
+    assert unpack_request(frame) == sent
+    changed = {
+        field.name
+        for field in dataclasses.fields(SamplingParams)
+        if getattr(sent.params, field.name) != field.default
+    }
+    assert changed == {field.name for field in dataclasses.fields(SamplingParams)}
+
+
+def test_an_update_survives_the_wire_with_every_field():
+    logprobs = TokenLogprobs(token=1, logprob=-0.5, rank=1, top=((1, -0.5), (2, -1.5)))
+    sent = Update(
+        request_id="a",
+        tokens=(1,),
+        logprobs=(logprobs,),
+        prompt_logprobs=(None, logprobs),
+        finish_reason="stop",
+        stop_token=1,
+        num_cached_tokens=16,
+        error="no",
+    )
+    frame = pack_frame(Updates([sent]))
+    assert front_decoder.decode(frame[4:]).updates == [sent]
+
+
+async def test_a_request_is_answered_token_by_token():
+    async with EchoLink().client() as client:
+        assert client.info is not None and client.info.model == "echo"
+        stream = await client.submit([request(max_tokens=4)])
+        updates = await drain(stream)
+    assert [token for update in updates for token in update.tokens] == [1, 2, 3, 1]
+    assert updates[-1].finish_reason == "length"
+
+
+async def test_updates_that_have_queued_arrive_as_one():
+    async with EchoLink().client() as client:
+        stream = await client.submit([request(max_tokens=50), request("b", max_tokens=50)])
+        await asyncio.sleep(0.2)
+        updates = await stream.take()
+    assert [(update.request_id, len(update.tokens)) for update in updates] == [("a", 50), ("b", 50)]
+    assert stream.is_finished
+
+
+async def test_leaving_a_stream_aborts_its_requests():
+    link = EchoLink(step_s=0.01)
+    async with link.client() as client:
+        async with await client.submit([request(max_tokens=None)]) as stream:
+            await stream.take()
+        await client.stats()
+        assert link.engine.aborted == ["a"]
+
+
+async def test_a_full_queue_refuses_all_the_requests_of_a_client():
+    link = EchoLink(step_s=0.01, max_waiting=1)
+    async with link.client() as client:
+        with pytest.raises(QueueFull, match="1 requests wait"):
+            await client.submit([request(max_tokens=None), request("b", max_tokens=None)])
+        assert (await client.stats()).num_running == 0
+
+
+async def test_progress_of_loading_reaches_the_log():
+    link = EchoLink()
+    async with link.client():
+        assert link.lines == ["loading the echo"]
+
+
+async def test_an_engine_that_cannot_start_says_why():
+    ours, theirs = socket.socketpair()
+
+    def make_engine(config, deliver, report) -> EchoEngine:
+        raise ConfigError("the model does not fit")
+
+    with theirs:
+        serving = asyncio.create_task(asyncio.to_thread(serve_ipc, theirs, make_engine))
+        client = await IpcClient.connect(ours, EngineConfig(), report=print)
+        with pytest.raises(ConfigError, match="does not fit"):
+            await client.wait_ready()
+        await client.close()
+        await serving
+
+
+async def test_an_engine_error_ends_the_stream_and_the_client():
+    async with EchoLink(dies_at=3).client() as client:
+        updates = await drain(await client.submit([request()]))
+        assert updates[-1].error == "the step failed"
+        await asyncio.wait_for(client.stopped.wait(), 5)
+        with pytest.raises(EngineStopped, match="the device is gone"):
+            await client.submit([request("b")])
+
+
+async def test_a_request_that_fails_alone_leaves_the_engine_running():
+    async with EchoLink(fails_at=3).client() as client:
+        updates = await drain(await client.submit([request()]))
+        assert updates[-1].error == "the step failed"
+        updates = await drain(await client.submit([request("b", tokens=(1, 2), max_tokens=2)]))
+        assert updates[-1].finish_reason == "length"
+        assert client.error is None
+
+
+async def test_a_killed_engine_process_fails_streams_at_once():
+    client = await IpcClient.start(EngineConfig(), report=print, command=echo_command(step_s=0.01))
+    await asyncio.wait_for(client.wait_ready(), 30)
+    stream = await client.submit([request(max_tokens=None)])
+    client.kill()
+    updates = await asyncio.wait_for(drain(stream), 5)
+    assert updates[-1].error == "the engine process ended"
+    assert client.stopped.is_set()
+    await client.close()
+
+
+async def test_the_engine_process_ends_when_its_front_does():
+    client = await IpcClient.start(EngineConfig(), report=print, command=echo_command())
+    await asyncio.wait_for(client.wait_ready(), 30)
+    process = client._process
+    assert process is not None
+    client._writer.transport.abort()
+    assert await asyncio.to_thread(process.wait, 10) == 0
+    await client.close()
