@@ -1,0 +1,1 @@
+"""Benchmarks: a load on a running server, and the engine alone."""

