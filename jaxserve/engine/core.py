@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from jax.sharding import SingleDeviceSharding
+from jax.sharding import Sharding, SingleDeviceSharding
 
-from jaxserve.config import EngineConfig
+from jaxserve.config import EngineConfig, compile_cache_path
 from jaxserve.engine.executables import ExecutableStore, private_directory
 from jaxserve.engine.info import EngineInfo, EngineStats
 from jaxserve.engine.pages import PagePool
@@ -55,13 +55,14 @@ class EngineCore:
 
     def __init__(self, config: EngineConfig, report: Report) -> None:
         started_s = time.monotonic()
-        cache_dir = _use_compile_cache(config.compile_cache_dir)
+        cache_dir = _use_compile_cache(compile_cache_path(config))
         loaded = _load(config, report)
         num_pages = _num_pages(config, loaded)
         limits = loaded.settings.limits
         self._pool = PagePool(num_pages)
         self._scheduler = _make_scheduler(config, loaded, self._pool)
         self._runner = _make_runner(config, loaded, num_pages, cache_dir, report)
+        self._runner.warm_up(progress(report, "warming up"))
         self.max_waiting = loaded.settings.max_waiting
         self.info = EngineInfo(
             model=config.model,
@@ -223,7 +224,9 @@ def _num_pages(config: EngineConfig, loaded: _Loaded) -> int:
     temporary_bytes = 0
     if "bytes_limit" in (loaded.device.memory_stats() or {}):
         largest = _buckets(loaded.settings)[-1]
-        state = _abstract_state(loaded, loaded.settings.limits.pages_per_sequence)
+        sharding = SingleDeviceSharding(loaded.device)
+        num_pages = loaded.settings.limits.pages_per_sequence
+        state = abstract_state(loaded.settings, num_pages, sharding)
         lowered = lower_step(loaded.model, loaded.spec(config.max_logprobs), state, largest)
         analysis = lowered.compile().memory_analysis()
         assert analysis is not None, loaded.device
@@ -259,12 +262,10 @@ def _make_runner(
     config: EngineConfig, loaded: _Loaded, num_pages: int, cache_dir: Path | None, report: Report
 ) -> Runner:
     spec = loaded.spec(config.max_logprobs)
-    state = _abstract_state(loaded, num_pages)
+    state = abstract_state(loaded.settings, num_pages, SingleDeviceSharding(loaded.device))
     store = None
     if cache_dir is not None:
-        store = ExecutableStore(
-            cache_dir / "programs", loaded.model.config, loaded.dtypes, spec, num_pages
-        )
+        store = ExecutableStore(cache_dir, loaded.model.config, loaded.dtypes, spec, num_pages)
     programs = compile_programs(
         loaded.model, spec, state, _buckets(loaded.settings), store, progress(report, "compiling")
     )
@@ -283,37 +284,41 @@ def _buckets(settings: Settings) -> tuple[Bucket, ...]:
 
 def _initial_state(loaded: _Loaded, num_pages: int) -> DeviceState:
     sharding = SingleDeviceSharding(loaded.device)
-    settings = loaded.settings
-    make = functools.partial(
-        init_state, settings.limits, settings.layout, settings.num_layers, num_pages
-    )
-    return jax.jit(make, out_shardings=sharding)()
+    return jax.jit(_state_maker(loaded.settings, num_pages), out_shardings=sharding)()
 
 
-def _abstract_state(loaded: _Loaded, num_pages: int) -> Any:
+def abstract_state(settings: Settings, num_pages: int, sharding: Sharding) -> Any:
     """Returns the shapes of the device state, a DeviceState of ShapeDtypeStructs."""
-    settings = loaded.settings
-    make = functools.partial(
-        init_state, settings.limits, settings.layout, settings.num_layers, num_pages
-    )
-    sharding = SingleDeviceSharding(loaded.device)
     return jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        jax.eval_shape(make),
+        jax.eval_shape(_state_maker(settings, num_pages)),
     )
 
 
-def _use_compile_cache(directory: str) -> Path | None:
-    """Turns on JAX's persistent compile cache. Returns the directory, None where it is off."""
-    if not directory:
+def _state_maker(settings: Settings, num_pages: int) -> Callable[[], DeviceState]:
+    return functools.partial(
+        init_state, settings.limits, settings.layout, settings.num_layers, num_pages
+    )
+
+
+def _use_compile_cache(path: Path | None) -> Path | None:
+    """Turns on what makes a restart quick. Returns the folder for executables, None for none.
+
+    A CPU executable that XLA loads from its own cache cannot be serialised again (its functions
+    are missing when it is loaded the second time): there, our store works alone, and a cache that
+    the user set for JAX turns it off.
+    """
+    if path is None:
         return None
-    path = Path("~/.cache/jaxserve").expanduser() if directory == "auto" else Path(directory)
-    path = private_directory(path)
-    if not jax.config.jax_compilation_cache_dir:  # type: ignore[attr-defined]  # one that the user set stays
+    is_cpu = jax.default_backend() == "cpu"
+    if jax.config.jax_compilation_cache_dir:  # type: ignore[attr-defined]
+        if is_cpu:
+            return None
+    elif not is_cpu:
         jax.config.update("jax_compilation_cache_dir", str(private_directory(path / "xla")))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-    return path
+    return private_directory(path) / "programs"
 
 
 def progress(report: Report, verb: str) -> Callable[..., None]:

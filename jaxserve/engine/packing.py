@@ -136,14 +136,10 @@ class Packed:
 def pack(plan: StepPlan, limits: Limits, buckets: tuple[tuple[int, int], ...]) -> Packed:
     """Returns the arrays of a plan in the smallest bucket that holds it."""
     num_tokens, num_rows = bucket_for(plan, buckets)
-    layout = blob_layout(limits, num_tokens, num_rows)
-    blob = np.zeros(layout.size, np.int32)
-    parts = layout.split(blob)
+    blob = empty_blob(limits, num_tokens, num_rows)
+    parts = blob_layout(limits, num_tokens, num_rows).split(blob)
     order = sorted(range(len(plan.spans)), key=lambda index: plan.spans[index].count > 1)
     parts["counts"][:] = sum(span.count == 1 for span in plan.spans), len(plan.spans)
-    for name in ("sequence_slots", "row_slots", "admitted_slots"):
-        parts[name].fill(limits.num_slots)
-    parts["row_targets"].fill(-1)
     first_rows = _pack_spans(parts, plan.spans, order)
     _pack_grants(parts, plan, limits)
     for row, sequence in enumerate(plan.admitted):
@@ -161,6 +157,18 @@ def pack(plan: StepPlan, limits: Limits, buckets: tuple[tuple[int, int], ...]) -
         spans=plan.spans,
         first_rows=first_rows,
     )
+
+
+def empty_blob(limits: Limits, num_tokens: int, num_rows: int) -> np.ndarray:  # [size] i32
+    """Returns the blob of a step that computes nothing: padding everywhere."""
+    layout = blob_layout(limits, num_tokens, num_rows)
+    blob = np.zeros(layout.size, np.int32)
+    parts = layout.split(blob)
+    for name in ("sequence_slots", "row_slots", "admitted_slots"):
+        parts[name].fill(limits.num_slots)
+    parts["row_targets"].fill(-1)
+    parts["grant_places"].fill(limits.num_slots * limits.pages_per_sequence)
+    return blob
 
 
 def bucket_for(plan: StepPlan, buckets: tuple[tuple[int, int], ...]) -> tuple[int, int]:
@@ -209,7 +217,6 @@ def _pack_spans(
 
 def _pack_grants(parts: dict[str, np.ndarray], plan: StepPlan, limits: Limits) -> None:
     places, pages = parts["grant_places"], parts["grant_pages"]
-    places.fill(limits.num_slots * limits.pages_per_sequence)
     count = 0
     for sequence, first_index, granted in plan.grants:
         assert sequence.slot is not None

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxserve.engine.executables import ExecutableStore
-from jaxserve.engine.packing import Packed, blob_layout, extras_layout, pack
+from jaxserve.engine.packing import Packed, blob_layout, empty_blob, extras_layout, pack
 from jaxserve.engine.request import TokenLogprobs
 from jaxserve.engine.sequence import SpanResult, StepPlan
 from jaxserve.engine.step import DeviceState, StepSpec, make_step
@@ -73,21 +73,28 @@ class Runner:
         self._programs = {}
         del self._state
 
+    def warm_up(self, report: Callable[[int, int], None]) -> None:
+        """Runs every program once, on nothing: some backends build their kernels only then."""
+        for done, bucket in enumerate(self._buckets):
+            blob = empty_blob(self._spec.limits, *bucket)
+            jax.block_until_ready(self._run(bucket, blob, self._no_extras))
+            report(done + 1, len(self._buckets))
+
     def dispatch(self, plan: StepPlan) -> Pending:
         """Starts the plan's step, and returns without waiting for it."""
         packed = pack(plan, self._spec.limits, self._buckets)
         extras = self._no_extras if packed.extras is None else jax.device_put(packed.extras)
-        program = self._programs[packed.num_tokens, packed.num_rows]
-        self._state, output = program(
-            self._params,
-            self._state,
-            jax.device_put(packed.blob),
-            extras,
-            self._no_grammar[packed.num_rows],
-        )
+        output = self._run((packed.num_tokens, packed.num_rows), packed.blob, extras)
         output.copy_to_host_async()
         self.num_dispatches += 1
         return Pending(plan=plan, packed=packed, output=output, dispatched_s=time.monotonic())
+
+    def _run(self, bucket: Bucket, blob: np.ndarray, extras: jax.Array) -> jax.Array:
+        """Calls a bucket's program; the only place that does."""
+        self._state, output = self._programs[bucket](
+            self._params, self._state, jax.device_put(blob), extras, self._no_grammar[bucket[1]]
+        )
+        return output
 
     def read(self, pending: Pending) -> list[SpanResult]:
         """Waits for a step and returns what it brought for each span of its plan."""

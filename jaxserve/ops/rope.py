@@ -100,21 +100,25 @@ def _llama3(frequencies: np.ndarray, scaling: Llama3Scaling) -> np.ndarray:
 def rope_angles(
     positions: jax.Array,  # [tokens] i32
     frequencies: np.ndarray,  # [head_dim / 2] f32
-) -> tuple[jax.Array, jax.Array]:  # [tokens, head_dim / 2] f32 each
-    """Returns the cosines and sines of the positions' angles.
+) -> tuple[jax.Array, jax.Array]:  # [tokens, 2, head_dim / 2] f32 each
+    """Returns the cosines of the positions' angles, and their sines as `apply_rope` adds them.
 
     Always float32: bfloat16 cannot tell position 257 from 256.
     """
     angles = positions.astype(jnp.float32)[:, None] * jnp.asarray(frequencies)[None, :]
-    return jnp.cos(angles), jnp.sin(angles)
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    return jnp.stack([cos, cos], axis=1), jnp.stack([-sin, sin], axis=1)
 
 
 def apply_rope(
     x: jax.Array,  # [tokens, heads, head_dim]
-    angles: tuple[jax.Array, jax.Array],  # [tokens, head_dim / 2] f32
+    angles: tuple[jax.Array, jax.Array],  # [tokens, 2, head_dim / 2] f32, of `rope_angles`
 ) -> jax.Array:  # [tokens, heads, head_dim], of x's type
-    """Rotates each pair (i, i + head_dim / 2), the order of Hugging Face checkpoints."""
-    cos, sin = (part[:, None, :] for part in angles)
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return rotated.astype(x.dtype)
+    """Rotates each pair (i, i + head_dim / 2), the order of Hugging Face checkpoints.
+
+    Halves change places by a reversal: a concatenation would branch on every element on a CPU.
+    """
+    cos, sin = (part[:, None] for part in angles)
+    halves = x.astype(jnp.float32).reshape(*x.shape[:2], 2, -1)
+    rotated = halves * cos + halves[:, :, ::-1] * sin
+    return rotated.reshape(x.shape).astype(x.dtype)

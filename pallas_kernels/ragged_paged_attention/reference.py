@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-_MASKED = -1e30  # finite: a row that sees no key yields zeros, not NaN
+_MASKED = -1e30  # finite: the difference of two is 0, not NaN
+_GROUP = 8  # sequences whose keys are gathered and multiplied together
 
 
 def stored_dtype(dtype: jnp.dtype) -> jnp.dtype:
@@ -61,8 +62,8 @@ def ragged_paged_attention_reference(
     sinks: jax.Array | None = None,  # [heads] f32
     k_scale: jax.Array | None = None,  # [] f32
     v_scale: jax.Array | None = None,  # [] f32
-    block_q: int = 128,
-    block_kv: int | None = None,  # keys visited at once; by default from the number of sequences
+    block_q: int = 128,  # rows of a tile, and keys it visits at once
+    block_kv: int = 256,  # keys that one-token sequences visit at once
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
     """Returns the attention of `api.ragged_paged_attention` and the cache with the new rows."""
     tokens, heads, head_dim = q.shape
@@ -76,15 +77,14 @@ def ragged_paged_attention_reference(
 
     no_sinks = jnp.full((heads,), _MASKED, jnp.float32)
     rules = _Rules(sliding_window, soft_cap, no_sinks if sinks is None else sinks)
-    decode_block = block_kv or min(512, max(128, 8192 // sequences))
-    out = _attend_one(q[:sequences], cache, kv_lens, page_table, counts, rules, decode_block)
+    out = _attend_one(q[:sequences], cache, kv_lens, page_table, counts, rules, block_kv)
     if sequences < tokens:  # else every sequence has one token
         rows = jnp.zeros((tokens + block_q, heads, head_dim), jnp.float32)
         rows = lax.dynamic_update_slice(rows, out, (0, 0, 0))
         q = jnp.pad(q, ((0, block_q), (0, 0), (0, 0)))
-        out = _attend_tiles(
-            rows, q, cache, kv_lens, page_table, cu_q_lens, counts, rules, block_q, block_kv or 256
-        )[:tokens]
+        out = _attend_tiles(rows, q, cache, kv_lens, page_table, cu_q_lens, counts, rules, block_q)[
+            :tokens
+        ]
     return (out if v_scale is None else out * v_scale), cache
 
 
@@ -129,51 +129,92 @@ def _attend_one(
     """Attends from the newest token of each of the first `counts[0]` sequences."""
     sequences, heads, head_dim = q.shape
     _, page_size, width = cache[0].shape
-    kv_heads = width // head_dim
-    # Queries become block-diagonal over the kv heads, so that a sequence's keys are one matrix
-    # as they lie in the cache. The zeros cost multiplications, which are free here: reading the
-    # keys is what takes time.
-    own = jnp.eye(kv_heads, dtype=jnp.float32)[:, None, :, None]
-    wide = q.reshape(sequences, kv_heads, heads // kv_heads, 1, head_dim) * own[None]
-    wide = wide.reshape(sequences, heads, width).astype(value_dtype(cache[0].dtype))
+    dtype = value_dtype(cache[0].dtype)
+    wide = _block_diagonal(q, width // head_dim).astype(dtype)
     context = jnp.where(jnp.arange(sequences) < counts[0], kv_lens, 0)
     ids_per_block, page_table = _split_pages(page_table, page_size, block_kv)
-    block_kv = ids_per_block * page_size
+    # Each group's keys and values stay in a core's cache between the gather and the product.
+    groups = [slice(first, first + _GROUP) for first in range(0, sequences, _GROUP)]
 
-    def visit(block: jax.Array, state: _Softmax) -> _Softmax:
+    def visit(block: jax.Array, states: tuple[_Softmax, ...]) -> tuple[_Softmax, ...]:
         ids = lax.dynamic_slice_in_dim(page_table, block * ids_per_block, ids_per_block, 1)
-        keys = lax.bitcast_convert_type(cache[0][ids], wide.dtype)
-        keys = keys.reshape(sequences, block_kv, width)
-        values = cache[1][ids].reshape(sequences, block_kv, width)
-        # The big operand first and contracted on its last axis: the form XLA's CPU backend
-        # multiplies without repacking it.
-        logits = jnp.einsum("scx,shx->sch", keys, wide, preferred_element_type=jnp.float32)
-        position = block * block_kv + jnp.arange(block_kv, dtype=jnp.int32)[None, :]
-        is_seen = position < context[:, None]
-        if rules.sliding_window is not None:
-            is_seen &= position >= context[:, None] - rules.sliding_window
-        # A row that was never written may hold anything, NaN included, and 0 * NaN is NaN.
-        values = jnp.where(is_seen[:, :, None], values, jnp.zeros((), values.dtype))
-        state, weight = _visit(
-            state, _cap(logits.swapaxes(1, 2), rules.soft_cap), is_seen[:, None, :]
+        position = block * (ids_per_block * page_size)
+        return tuple(
+            _visit_one(state, wide[rows], cache, ids[rows], position, context[rows], rules)
+            for state, rows in zip(states, groups, strict=True)
         )
-        value = jnp.einsum(
-            "shc,scx->shx",
-            weight.astype(wide.dtype),
-            lax.bitcast_convert_type(values, wide.dtype),
-            preferred_element_type=jnp.float32,
-        )
-        return state._replace(value=state.value + value)
 
-    state = _start(rules.sinks, (sequences, heads), width)
     first = jnp.int32(0)
     if rules.sliding_window is not None:
         oldest = jnp.where(context > 0, context - rules.sliding_window, jnp.iinfo(jnp.int32).max)
-        first = jnp.maximum(oldest.min(), 0) // block_kv
-    state = lax.fori_loop(first, _cdiv(context.max(), block_kv), visit, state)
-    value = state.value.reshape(sequences, kv_heads, heads // kv_heads, kv_heads, head_dim)
-    value = (value * own[None]).sum(3).reshape(sequences, heads, head_dim)
-    return value / jnp.maximum(state.total, 1e-30)[:, :, None]
+        first = jnp.maximum(oldest.min(), 0) // (ids_per_block * page_size)
+    last = _cdiv(context.max(), ids_per_block * page_size)
+    states = tuple(_start(rules.sinks, q[rows].shape[:2], head_dim) for rows in groups)
+    states = lax.fori_loop(first, last, visit, states)
+    return jnp.concatenate([_finish(state) for state in states])
+
+
+def _visit_one(
+    state: _Softmax,
+    wide: jax.Array,  # [rows, heads, width], block-diagonal queries
+    cache: tuple[jax.Array, ...],
+    ids: jax.Array,  # [rows, ids_per_block] i32, pages of this block of keys
+    first_position: jax.Array,  # [] i32, of the block
+    context: jax.Array,  # [rows] i32, 0 for padding
+    rules: _Rules,
+) -> _Softmax:
+    rows, heads, width = wide.shape
+    keys, values = (pages[ids].reshape(rows, -1, width) for pages in cache)
+    position = first_position + jnp.arange(keys.shape[1], dtype=jnp.int32)[None, :]
+    is_seen = position < context[:, None]
+    if rules.sliding_window is not None:
+        is_seen &= position >= context[:, None] - rules.sliding_window
+    # A row that was never written may hold anything, NaN included, and 0 * NaN is NaN.
+    values = jnp.where(is_seen[:, :, None], values, jnp.zeros((), values.dtype))
+    # The big operand first and contracted on its last axis: XLA's CPU backend multiplies that
+    # without repacking it, if the barrier keeps the transposition out of the product.
+    logits = jnp.einsum(
+        "scx,shx->sch",
+        lax.bitcast_convert_type(keys, wide.dtype),
+        wide,
+        preferred_element_type=jnp.float32,
+    )
+    logits = lax.optimization_barrier(logits).swapaxes(1, 2)
+    state, weight = _visit(state, _cap(logits, rules.soft_cap), is_seen[:, None, :])
+    value = jnp.einsum(
+        "shc,scx->shx",
+        weight.astype(wide.dtype),
+        lax.bitcast_convert_type(values, wide.dtype),
+        preferred_element_type=jnp.float32,
+    )
+    return state._replace(value=state.value + _own_blocks(value, state.value.shape[2]))
+
+
+def _block_diagonal(
+    q: jax.Array,  # [sequences, heads, head_dim]
+    kv_heads: int,
+) -> jax.Array:  # [sequences, heads, kv_heads * head_dim]
+    """Puts each query into the columns of its kv head, zeros elsewhere.
+
+    A sequence's keys are then one matrix as they lie in the cache. The zeros cost multiplications,
+    which are free here: reading the keys is what takes time.
+    """
+    sequences, heads, head_dim = q.shape
+    q = q.reshape(sequences, kv_heads, heads // kv_heads, 1, head_dim)
+    own = jnp.eye(kv_heads, dtype=jnp.bool_)[None, :, None, :, None]
+    return jnp.where(own, q, jnp.zeros((), q.dtype)).reshape(sequences, heads, -1)
+
+
+def _own_blocks(
+    wide: jax.Array,  # [rows, heads, kv_heads * head_dim]
+    head_dim: int,
+) -> jax.Array:  # [rows, heads, head_dim]
+    """Returns each head's columns of its kv head."""
+    rows, heads, width = wide.shape
+    kv_heads = width // head_dim
+    blocks = wide.reshape(rows, kv_heads, heads // kv_heads, kv_heads, head_dim)
+    own = jnp.eye(kv_heads, dtype=jnp.bool_)[None, :, None, :, None]
+    return jnp.where(own, blocks, 0.0).sum(3).reshape(rows, heads, head_dim)
 
 
 def _attend_tiles(
@@ -186,7 +227,6 @@ def _attend_tiles(
     counts: jax.Array,
     rules: _Rules,
     block_q: int,
-    block_kv: int,
 ) -> jax.Array:
     """Attends from the sequences of several tokens, `block_q` rows of one sequence at a time.
 
@@ -198,7 +238,7 @@ def _attend_tiles(
     is_tiled = (sequence >= counts[0]) & (sequence < counts[1])
     num_tiles = jnp.where(is_tiled, _cdiv(q_lens, block_q), 0)
     tile_ends = jnp.cumsum(num_tiles, dtype=jnp.int32)
-    ids_per_block, page_table = _split_pages(page_table, cache[0].shape[1], block_kv)
+    ids_per_block, page_table = _split_pages(page_table, cache[0].shape[1], block_q)
 
     def visit(tile: jax.Array, out: jax.Array) -> jax.Array:
         owner = (tile_ends <= tile).sum(dtype=jnp.int32)
@@ -231,39 +271,53 @@ def _attend_tile(
     rows = rows.transpose(1, 2, 0, 3).reshape(kv_heads, -1, head_dim)
     rows = rows.astype(value_dtype(cache[0].dtype))
     query_position = first_position + jnp.arange(block_q, dtype=jnp.int32)
-    query_position = jnp.tile(query_position, heads // kv_heads)[None, :, None]
+    query_position = jnp.tile(query_position, heads // kv_heads)
 
     def visit(block: jax.Array, state: _Softmax) -> _Softmax:
         ids = lax.dynamic_slice_in_dim(page_ids, block * ids_per_block, ids_per_block, 0)
-        keys = lax.bitcast_convert_type(cache[0][ids], rows.dtype)
-        keys = keys.reshape(block_kv, kv_heads, head_dim)
-        values = cache[1][ids].reshape(block_kv, kv_heads, head_dim)
-        logits = jnp.einsum("kqd,ckd->kqc", rows, keys, preferred_element_type=jnp.float32)
+        keys, values = (pages[ids].reshape(block_kv, kv_heads, head_dim) for pages in cache)
         position = block * block_kv + jnp.arange(block_kv, dtype=jnp.int32)
-        is_seen = position[None, None, :] <= query_position
-        if rules.sliding_window is not None:
-            is_seen &= position[None, None, :] > query_position - rules.sliding_window
         is_written = (position < kv_len)[:, None, None]
         values = jnp.where(is_written, values, jnp.zeros((), values.dtype))
-        state, weight = _visit(state, _cap(logits, rules.soft_cap), is_seen)
-        value = jnp.einsum(
-            "kqc,ckd->kqd",
-            weight.astype(rows.dtype),
-            lax.bitcast_convert_type(values, rows.dtype),
-            preferred_element_type=jnp.float32,
-        )
-        return state._replace(value=state.value + value)
+        return _visit_many(state, rows, keys, values, query_position, position, rules)
 
     sinks = jnp.repeat(rules.sinks.reshape(kv_heads, -1), block_q, axis=1)
     state = _start(sinks, rows.shape[:2], head_dim)
     first = jnp.int32(0)
     if rules.sliding_window is not None:
         first = jnp.maximum(first_position + 1 - rules.sliding_window, 0) // block_kv
-    last = jnp.minimum(kv_len, first_position + block_q)
-    state = lax.fori_loop(first, _cdiv(last, block_kv), visit, state)
-    value = state.value / jnp.maximum(state.total, 1e-30)[:, :, None]
+    last = _cdiv(jnp.minimum(kv_len, first_position + block_q), block_kv)
+    value = _finish(lax.fori_loop(first, last, visit, state))
     value = value.reshape(kv_heads, heads // kv_heads, block_q, head_dim)
     return value.transpose(2, 0, 1, 3).reshape(block_q, heads, head_dim)
+
+
+def _visit_many(
+    state: _Softmax,
+    rows: jax.Array,  # [kv_heads, rows, head_dim]
+    keys: jax.Array,  # [block_kv, kv_heads, head_dim], as stored
+    values: jax.Array,  # [block_kv, kv_heads, head_dim], as stored
+    query_position: jax.Array,  # [rows] i32
+    position: jax.Array,  # [block_kv] i32
+    rules: _Rules,
+) -> _Softmax:
+    logits = jnp.einsum(
+        "kqd,ckd->kqc",
+        rows,
+        lax.bitcast_convert_type(keys, rows.dtype),
+        preferred_element_type=jnp.float32,
+    )
+    is_seen = position[None, :] <= query_position[:, None]
+    if rules.sliding_window is not None:
+        is_seen &= position[None, :] > query_position[:, None] - rules.sliding_window
+    state, weight = _visit(state, _cap(logits, rules.soft_cap), is_seen[None])
+    value = jnp.einsum(
+        "kqc,ckd->kqd",
+        weight.astype(rows.dtype),
+        lax.bitcast_convert_type(values, rows.dtype),
+        preferred_element_type=jnp.float32,
+    )
+    return state._replace(value=state.value + value)
 
 
 def _split_pages(
@@ -281,9 +335,13 @@ def _visit(
     logits: jax.Array,  # [..., rows, keys] f32
     is_seen: jax.Array,  # [..., rows or 1, keys] bool
 ) -> tuple[_Softmax, jax.Array]:
-    """Returns the state rescaled for a block of keys (their values still to add), and weights."""
-    peak = jnp.maximum(state.peak, jnp.where(is_seen, logits, _MASKED).max(-1))
-    weight = jnp.where(is_seen, jnp.exp(logits - peak[..., None]), 0.0)
+    """Returns the state rescaled for a block of keys (their values still to add), and weights.
+
+    A row that has seen no key yet gets weights of 1, which the first key it sees rescales to 0.
+    """
+    logits = jnp.where(is_seen, logits, _MASKED)
+    peak = jnp.maximum(state.peak, logits.max(-1))
+    weight = jnp.exp(logits - peak[..., None])
     kept = jnp.exp(state.peak - peak)
     total = state.total * kept + weight.sum(-1)
     return _Softmax(peak, total, state.value * kept[..., None]), weight
@@ -294,6 +352,10 @@ def _start(sinks: jax.Array, rows: tuple[int, ...], width: int) -> _Softmax:
     peak = jnp.broadcast_to(sinks.reshape((1,) * (len(rows) - sinks.ndim) + sinks.shape), rows)
     total = jnp.where(peak > _MASKED, 1.0, 0.0)
     return _Softmax(peak, total, jnp.zeros((*rows, width), jnp.float32))
+
+
+def _finish(state: _Softmax) -> jax.Array:
+    return state.value / jnp.maximum(state.total, 1e-30)[..., None]
 
 
 def _cap(logits: jax.Array, soft_cap: float | None) -> jax.Array:

@@ -5,8 +5,6 @@ import dataclasses
 import numpy as np
 import pytest
 import tokenizers
-import torch
-import transformers
 
 from jaxserve.config import EngineConfig
 from jaxserve.engine.core import CompileCounter, EngineCore
@@ -66,7 +64,12 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def reference(folder):
-    return transformers.LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    import torch  # not in the fast tier
+    import transformers
+
+    model = transformers.LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with torch.inference_mode():
+        yield lambda tokens: model(torch.tensor([tokens])).logits[0].numpy()
 
 
 @pytest.fixture(scope="module")
@@ -81,11 +84,10 @@ def together(core, prompts):
     return tokens_of(run(core, prompts, GREEDY))
 
 
-@torch.no_grad()
 def test_greedy_tokens_equal_transformers(reference, prompts, together):
     # Each token is the reference's own choice after all before it: what greedy search would give.
     for prompt, tokens in zip(prompts, together, strict=True):
-        logits = reference(torch.tensor([prompt + tokens])).logits[0]
+        logits = reference(prompt + tokens)
         assert logits[len(prompt) - 1 : -1].argmax(-1).tolist() == tokens
 
 
@@ -100,7 +102,8 @@ def test_greedy_tokens_in_a_batch_of_32_with_staggered_arrivals_are_the_same(
     order = [*range(20), *range(12)]
     answers = run(core, [prompts[index] for index in order], GREEDY, arrive_every=2)
     assert tokens_of(answers) == [together[index] for index in order]
-    assert sum(answer.num_cached_tokens > 0 for answer in answers[20:]) >= 6
+    for prompt, answer in zip(prompts, answers[20:], strict=False):
+        assert answer.num_cached_tokens == (len(prompt) - 1) // 16 * 16
 
 
 def test_chunks_of_16_and_preemption_do_not_change_tokens(prompts, together):
@@ -123,10 +126,9 @@ def test_chunks_of_16_and_preemption_do_not_change_tokens(prompts, together):
     wide.close()
 
 
-@torch.no_grad()
 def test_logits_are_within_1e_4_of_transformers(folder, reference, prompts):
     tokens = prompts[9] + prompts[13]
-    expected = reference(torch.tensor([tokens])).logits[0].numpy()
+    expected = reference(tokens)
     actual = logits_of(folder, tokens, chunks=(len(tokens) - 9, 1, 8))
     assert (np.abs(actual - expected).max(-1) / np.abs(expected).max(-1)).max() < 1e-4
 

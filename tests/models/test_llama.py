@@ -4,13 +4,12 @@ import json
 
 import numpy as np
 import pytest
-import torch
-import transformers
 
 from jaxserve.errors import WeightError
 from jaxserve.models.llama import LlamaConfig
 from jaxserve.models.registry import family_for
 from tests.checkpoints import write_llama_folder, write_llama_gguf
+from tests.dense_llama import DenseLlama
 from tests.models.forward import logits_of
 
 TOKENS = np.random.default_rng(0).integers(3, 300, 40).tolist()
@@ -33,10 +32,20 @@ VARIANTS = {
 }
 
 
-def transformers_logits(folder, tokens, kind=transformers.LlamaForCausalLM):
-    model = kind.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+def transformers_logits(folder, tokens):
+    import torch  # not in the fast tier
+    import transformers
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager"
+    )
     with torch.no_grad():
         return model(torch.tensor([tokens])).logits[0].numpy()
+
+
+def test_logits_equal_dense_attention(tmp_path):
+    folder = write_llama_folder(tmp_path, seed=3, tied=False)
+    assert_close(logits_of(folder, TOKENS, chunks=CHUNKED), DenseLlama(folder).logits(TOKENS))
 
 
 def assert_close(actual, expected):
@@ -44,6 +53,7 @@ def assert_close(actual, expected):
     assert error.max() < 1e-4, error
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chunks", [WHOLE, CHUNKED], ids=["whole", "chunked"])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_logits_equal_transformers(tmp_path, variant, chunks):
@@ -51,13 +61,14 @@ def test_logits_equal_transformers(tmp_path, variant, chunks):
     assert_close(logits_of(folder, TOKENS, chunks=chunks), transformers_logits(folder, TOKENS))
 
 
+@pytest.mark.slow
 def test_mistral_logits_with_a_sliding_window_equal_transformers(tmp_path):
     folder = write_llama_folder(tmp_path, seed=4)
     config = json.loads((folder / "config.json").read_text())
     config |= {"architectures": ["MistralForCausalLM"], "model_type": "mistral"}
     config |= {"sliding_window": 7}
     (folder / "config.json").write_text(json.dumps(config))
-    expected = transformers_logits(folder, TOKENS, transformers.MistralForCausalLM)
+    expected = transformers_logits(folder, TOKENS)
     assert_close(logits_of(folder, TOKENS, chunks=CHUNKED), expected)
     without = write_llama_folder(tmp_path / "full", seed=4)
     assert np.abs(logits_of(without, TOKENS, chunks=CHUNKED) - expected).max() > 1e-2
@@ -71,6 +82,7 @@ def test_the_gguf_twin_gives_the_same_logits(tmp_path, variant):
     assert_close(actual, logits_of(folder, TOKENS, chunks=WHOLE))
 
 
+@pytest.mark.slow
 def test_bfloat16_checkpoints_are_read_exactly(tmp_path):
     folder = write_llama_folder(tmp_path, seed=6, dtype="bfloat16")
     assert_close(logits_of(folder, TOKENS, chunks=WHOLE), transformers_logits(folder, TOKENS))
