@@ -62,7 +62,6 @@ class EngineCore:
         self._pool = PagePool(num_pages)
         self._scheduler = _make_scheduler(config, loaded, self._pool)
         self._runner = _make_runner(config, loaded, num_pages, cache_dir, report)
-        self._runner.warm_up(progress(report, "warming up"))
         self.max_waiting = loaded.settings.max_waiting
         self.info = EngineInfo(
             model=config.model,
@@ -266,15 +265,13 @@ def _make_runner(
     store = None
     if cache_dir is not None:
         store = ExecutableStore(cache_dir, loaded.model.config, loaded.dtypes, spec, num_pages)
-    programs = compile_programs(
-        loaded.model, spec, state, _buckets(loaded.settings), store, progress(report, "compiling")
-    )
-    return Runner(
-        spec=spec,
-        params=loaded.params,
-        state=_initial_state(loaded, num_pages),
-        programs=programs,
-    )
+    runner = Runner(spec=spec, params=loaded.params, state=_initial_state(loaded, num_pages))
+    buckets = _buckets(loaded.settings)
+    advance = progress(report, "compiling")
+    for bucket, program in compile_programs(loaded.model, spec, state, buckets, store):
+        runner.hold(bucket, program)
+        advance(runner.num_programs, len(buckets))
+    return runner
 
 
 def _buckets(settings: Settings) -> tuple[Bucket, ...]:
@@ -321,11 +318,11 @@ def _use_compile_cache(path: Path | None) -> Path | None:
     return private_directory(path) / "programs"
 
 
-def progress(report: Report, verb: str) -> Callable[..., None]:
-    """Returns a callback for (done, all, *rest) that reports about every second and at the end."""
+def progress(report: Report, verb: str) -> Callable[[int, int], None]:
+    """Returns a callback for (done, all) that reports about every second and at the end."""
     started_s = last_s = time.monotonic()
 
-    def advance(done: int, total: int, *_: float) -> None:
+    def advance(done: int, total: int) -> None:
         nonlocal last_s
         now_s = time.monotonic()
         if done < total and now_s - last_s < 1.0:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from typing import Any
@@ -48,18 +48,14 @@ class Runner:
         spec: StepSpec,
         params: tuple[jax.Array, ...],
         state: DeviceState,
-        programs: dict[Bucket, jax.stages.Compiled],
     ) -> None:
         self._spec = spec
         self._params = params
         self._state = state
-        self._programs = programs
-        self._buckets = tuple(sorted(programs))
+        self._programs: dict[Bucket, jax.stages.Compiled] = {}
+        self._buckets: tuple[Bucket, ...] = ()
         self._no_extras = jax.device_put(np.zeros(extras_layout(spec.limits).size, np.int32))
-        self._no_grammar = {
-            rows: jax.device_put(np.zeros((rows, spec.limits.mask_words), np.uint32))
-            for _, rows in programs
-        }
+        self._no_grammar: dict[int, jax.Array] = {}  # by rows
         self.num_dispatches = 0
 
     @property
@@ -73,12 +69,17 @@ class Runner:
         self._programs = {}
         del self._state
 
-    def warm_up(self, report: Callable[[int, int], None]) -> None:
-        """Runs every program once, on nothing: some backends build their kernels only then."""
-        for done, bucket in enumerate(self._buckets):
-            blob = empty_blob(self._spec.limits, *bucket)
-            jax.block_until_ready(self._run(bucket, blob, self._no_extras))
-            report(done + 1, len(self._buckets))
+    def hold(self, bucket: Bucket, program: jax.stages.Compiled) -> None:
+        """Takes a bucket's program and runs it once, on nothing.
+
+        The CPU backend builds its matrix kernels on the first run, the better part of a second.
+        """
+        mask = np.zeros((bucket[1], self._spec.limits.mask_words), np.uint32)
+        self._no_grammar.setdefault(bucket[1], jax.device_put(mask))
+        self._programs[bucket] = program
+        self._buckets = tuple(sorted(self._programs))
+        blob = empty_blob(self._spec.limits, *bucket)
+        jax.block_until_ready(self._run(bucket, blob, self._no_extras))
 
     def dispatch(self, plan: StepPlan) -> Pending:
         """Starts the plan's step, and returns without waiting for it."""
@@ -145,6 +146,8 @@ def buckets_for(max_tokens: int, max_rows: int, min_rows: int) -> tuple[Bucket, 
     One-token steps get a row bucket each; steps with prefills get a token bucket, all rows.
     """
     rows = _powers(min_rows, max(max_rows, min_rows))
+    if len(rows) > 2 and rows[1] < 8:
+        del rows[1]  # next to nothing faster than 8 rows
     smallest = max(64, 2 * rows[-1])
     tokens = _powers(smallest, max(max_tokens, smallest))
     buckets = [(count, count) for count in rows] + [(count, rows[-1]) for count in tokens]
@@ -167,13 +170,11 @@ def compile_programs(
     state: Any,  # DeviceState of ShapeDtypeStructs
     buckets: tuple[Bucket, ...],
     store: ExecutableStore | None,
-    report: Callable[[int, int, float], None],
-) -> dict[Bucket, jax.stages.Compiled]:
-    """Returns the compiled step of every bucket, from the store where it has it.
+) -> Iterator[tuple[Bucket, jax.stages.Compiled]]:
+    """Yields the compiled step of every bucket as it is done, from the store where it has it.
 
-    Lowering and compiling run on threads; `report` gets (done, all, seconds).
+    Lowering and compiling run on threads.
     """
-    started_s = time.monotonic()
 
     def build(bucket: Bucket) -> jax.stages.Compiled:
         if store is not None and (compiled := store.load(bucket)) is not None:
@@ -183,13 +184,10 @@ def compile_programs(
             store.save(compiled, bucket)
         return compiled
 
-    programs = {}
     with ThreadPoolExecutor(max_workers=4, thread_name_prefix="compile") as pool:
         futures = {pool.submit(build, bucket): bucket for bucket in buckets}
         for future in as_completed(futures):
-            programs[futures[future]] = future.result()
-            report(len(programs), len(buckets), time.monotonic() - started_s)
-    return programs
+            yield futures[future], future.result()
 
 
 def lower_step(

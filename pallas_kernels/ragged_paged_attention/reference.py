@@ -13,7 +13,8 @@ import jax.numpy as jnp
 from jax import lax
 
 _MASKED = -1e30  # finite: the difference of two is 0, not NaN
-_GROUP = 8  # sequences whose keys are gathered and multiplied together
+_GROUP = 8  # sequences whose keys stay in a core's cache from the gather to the product,
+_MAX_GROUPS = 4  # in so many groups at most: the program holds each, in each layer
 
 
 def stored_dtype(dtype: jnp.dtype) -> jnp.dtype:
@@ -77,7 +78,9 @@ def ragged_paged_attention_reference(
 
     no_sinks = jnp.full((heads,), _MASKED, jnp.float32)
     rules = _Rules(sliding_window, soft_cap, no_sinks if sinks is None else sinks)
-    out = _attend_one(q[:sequences], cache, kv_lens, page_table, counts, rules, block_kv)
+    # In a batch with prefills the decodes take little of the time: one group compiles faster.
+    group = max(_GROUP, -(-sequences // _MAX_GROUPS)) if sequences == tokens else sequences
+    out = _attend_one(q[:sequences], cache, kv_lens, page_table, counts, rules, block_kv, group)
     if sequences < tokens:  # else every sequence has one token
         rows = jnp.zeros((tokens + block_q, heads, head_dim), jnp.float32)
         rows = lax.dynamic_update_slice(rows, out, (0, 0, 0))
@@ -125,6 +128,7 @@ def _attend_one(
     counts: jax.Array,
     rules: _Rules,
     block_kv: int,
+    group: int,  # sequences whose keys are gathered and multiplied together
 ) -> jax.Array:  # [sequences, heads, head_dim] f32
     """Attends from the newest token of each of the first `counts[0]` sequences."""
     sequences, heads, head_dim = q.shape
@@ -133,8 +137,7 @@ def _attend_one(
     wide = _block_diagonal(q, width // head_dim).astype(dtype)
     context = jnp.where(jnp.arange(sequences) < counts[0], kv_lens, 0)
     ids_per_block, page_table = _split_pages(page_table, page_size, block_kv)
-    # Each group's keys and values stay in a core's cache between the gather and the product.
-    groups = [slice(first, first + _GROUP) for first in range(0, sequences, _GROUP)]
+    groups = [slice(first, first + group) for first in range(0, sequences, group)]
 
     def visit(block: jax.Array, states: tuple[_Softmax, ...]) -> tuple[_Softmax, ...]:
         ids = lax.dynamic_slice_in_dim(page_table, block * ids_per_block, ids_per_block, 1)
@@ -144,13 +147,13 @@ def _attend_one(
             for state, rows in zip(states, groups, strict=True)
         )
 
-    first = jnp.int32(0)
+    start = jnp.int32(0)
     if rules.sliding_window is not None:
         oldest = jnp.where(context > 0, context - rules.sliding_window, jnp.iinfo(jnp.int32).max)
-        first = jnp.maximum(oldest.min(), 0) // (ids_per_block * page_size)
-    last = _cdiv(context.max(), ids_per_block * page_size)
+        start = jnp.maximum(oldest.min(), 0) // (ids_per_block * page_size)
+    end = _cdiv(context.max(), ids_per_block * page_size)
     states = tuple(_start(rules.sinks, q[rows].shape[:2], head_dim) for rows in groups)
-    states = lax.fori_loop(first, last, visit, states)
+    states = lax.fori_loop(start, end, visit, states)
     return jnp.concatenate([_finish(state) for state in states])
 
 
