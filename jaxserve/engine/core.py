@@ -264,7 +264,9 @@ def _make_runner(
     state = abstract_state(loaded.settings, num_pages, SingleDeviceSharding(loaded.device))
     store = None
     if cache_dir is not None:
-        store = ExecutableStore(cache_dir, loaded.model.config, loaded.dtypes, spec, num_pages)
+        store = ExecutableStore(
+            cache_dir, [loaded.device], loaded.model.config, loaded.dtypes, spec, num_pages
+        )
     runner = Runner(spec=spec, params=loaded.params, state=_initial_state(loaded, num_pages))
     buckets = _buckets(loaded.settings)
     advance = progress(report, "compiling")

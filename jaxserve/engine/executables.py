@@ -10,6 +10,7 @@ import hashlib
 import os
 import pickle
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,9 @@ import pallas_kernels
 class ExecutableStore:
     """A directory of executables for one engine's settings. Any thread may use it."""
 
-    def __init__(self, directory: Path, *settings: object) -> None:
+    def __init__(self, directory: Path, devices: Sequence[jax.Device], *settings: object) -> None:
         self._directory = private_directory(directory)
+        self._devices = list(devices)  # that the programs run on, of all there are
         self._settings = "\n".join([*_platform_facts(), *(repr(setting) for setting in settings)])
 
     def load(self, *program: object) -> jax.stages.Compiled | None:
@@ -33,7 +35,9 @@ class ExecutableStore:
         path = self._path(program)
         try:
             executable, in_tree, out_tree = pickle.loads(path.read_bytes())
-            return serialize_executable.deserialize_and_load(executable, in_tree, out_tree)
+            return serialize_executable.deserialize_and_load(
+                executable, in_tree, out_tree, execution_devices=self._devices
+            )
         except FileNotFoundError:
             return None
         except Exception:  # a file of another jaxlib, or cut short: compile again

@@ -265,10 +265,12 @@ def load_history(
     """Adds known tokens to the counts of newly admitted slots with penalties."""
     outputs = jnp.where(is_output, slots, state.num_slots)
     prompts = jnp.where(is_output, state.num_slots, slots)
+    # The TPU compiler scatters into a flat copy, and of bytes it makes one in minutes: not of words.
+    in_prompt = state.in_prompt.astype(jnp.int32).at[prompts, tokens].set(1, mode="drop")
     return dataclasses.replace(
         state,
         output_counts=state.output_counts.at[outputs, tokens].add(1, mode="drop"),
-        in_prompt=state.in_prompt.at[prompts, tokens].set(True, mode="drop"),
+        in_prompt=in_prompt != 0,
     )
 
 

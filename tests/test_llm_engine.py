@@ -1,0 +1,102 @@
+"""The offline API on the real engine, with a tiny model."""
+
+import asyncio
+import threading
+import time
+
+import pytest
+
+from jaxserve import LLM, SamplingParams
+from tests.checkpoints import write_llama_folder
+from tests.dense_llama import DenseLlama
+
+GREEDY = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
+OPTIONS = {
+    "dtype": "float32",
+    "max_num_seqs": 4,
+    "max_num_batched_tokens": 64,
+    "max_model_len": 256,
+    "block_size": 4,
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_llama_folder(tmp_path_factory.mktemp("llama"), seed=2)
+
+
+@pytest.fixture(scope="module")
+def options(tmp_path_factory):
+    return {**OPTIONS, "compile_cache_dir": str(tmp_path_factory.mktemp("cache"))}
+
+
+@pytest.fixture(scope="module")
+def llm(folder, options):
+    with LLM(str(folder), **options) as llm:
+        yield llm
+
+
+def is_idle(llm):
+    stats = llm._client.stats()
+    return stats.num_pages_free == stats.num_pages
+
+
+def test_greedy_answers_are_the_references(llm, folder):
+    reference = DenseLlama(folder)
+    prompts = [[5, 6, 7], [9] * 20, [40, 41]]
+    outputs = llm.generate(prompts, GREEDY, use_tqdm=False)
+    expected = [reference.greedy(prompt, 8) for prompt in prompts]
+    assert [list(output.outputs[0].token_ids) for output in outputs] == expected
+    assert all(output.outputs[0].finish_reason == "length" for output in outputs)
+
+
+def test_samples_of_one_prompt_differ_and_chat_answers(llm):
+    params = SamplingParams(temperature=1.5, max_tokens=8, n=3, seed=1, prompt_logprobs=1)
+    output = llm.generate("hello", params, use_tqdm=False)[0]
+    assert len({tuple(sample.token_ids) for sample in output.outputs}) == 3
+    assert output.prompt_logprobs[0] is None
+    chat = llm.chat([{"role": "user", "content": "hello"}], GREEDY, use_tqdm=False)[0]
+    assert len(chat.outputs[0].token_ids) == 8
+
+
+def test_more_requests_than_slots_and_queue_all_finish(llm):
+    outputs = llm.generate([[index % 300] for index in range(150)], GREEDY, use_tqdm=False)
+    assert [len(output.outputs[0].token_ids) for output in outputs] == [8] * 150
+    assert is_idle(llm)
+
+
+def test_it_works_inside_a_running_event_loop(llm):
+    async def notebook():
+        return llm.generate([[3, 4]], GREEDY, use_tqdm=False)
+
+    assert len(asyncio.run(notebook())) == 1
+
+
+def test_ctrl_c_frees_the_pages(llm, monkeypatch):
+    import _thread
+
+    endless = SamplingParams(temperature=0, max_tokens=250, ignore_eos=True)
+    timer = threading.Timer(0.1, _thread.interrupt_main)
+    timer.start()
+    with pytest.raises(KeyboardInterrupt):
+        llm.generate([[3]] * 200, endless, use_tqdm=False)
+    deadline = time.monotonic() + 5
+    while not is_idle(llm) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert is_idle(llm)
+    assert len(llm.generate([[3, 4]], GREEDY, use_tqdm=False)) == 1
+
+
+def test_a_second_llm_starts_from_the_stored_programs(llm, folder, options):
+    from jaxserve.engine.core import CompileCounter
+
+    counter = CompileCounter()
+    with LLM(str(folder), **options) as other:
+        steps = counter.count
+        first = other.generate([[5, 6, 7]], GREEDY, use_tqdm=False)[0]
+    counter.close()
+    assert first.outputs[0].token_ids == (
+        llm.generate([[5, 6, 7]], GREEDY, use_tqdm=False)[0].outputs[0].token_ids
+    )
+    # Only the zeroed state is compiled anew: one program, not one for each bucket.
+    assert steps <= 2
