@@ -63,20 +63,30 @@ class EngineThread:
         deliver: Deliver,
         *,
         report: Callable[[str], None] | None = None,
+        on_death: Callable[[str], None] | None = None,  # called once, with the cause in words
     ) -> None:
         """Loads and compiles; returns when ready. Raises what loading raises."""
         self._deliver = deliver
+        self._on_death = on_death or _ignore
         self._inbox: queue.SimpleQueue[Request | _Abort | _Close] = queue.SimpleQueue()
+        # Guards what submitters and the engine thread both read and write.
+        self._lock = threading.Lock()
+        self._is_closed = False
+        self._room = 0  # requests that may still come, until a step makes more
+        self._max_waiting = 0
         self._live: set[str] = set()  # request ids, on the engine thread
         self._stats = EngineStats()
         self.error: BaseException | None = None  # what ended the thread, if not `close`
-        self._is_closed = False
         started: queue.SimpleQueue[EngineInfo | BaseException] = queue.SimpleQueue()
         self._thread = threading.Thread(
             target=self._run, args=(config, report or _ignore, started), name="engine", daemon=True
         )
         self._thread.start()
-        answer = started.get()
+        try:
+            answer = started.get()
+        except BaseException:  # Ctrl-C in a notebook: nobody will hold this engine
+            self._inbox.put(_Close())
+            raise
         if isinstance(answer, BaseException):
             self._thread.join()
             raise answer
@@ -84,12 +94,13 @@ class EngineThread:
 
     def submit(self, request: Request) -> None:
         """Queues a request; its updates, or one with an error, will be delivered."""
-        if self.error is not None or self._is_closed:
-            raise EngineStopped("the engine has stopped") from self.error
-        waiting = self._num_waiting() + self._inbox.qsize()
-        if waiting >= self._max_waiting:
-            raise QueueFull(f"{waiting} requests wait already; the limit is {self._max_waiting}")
-        self._inbox.put(request)
+        with self._lock:
+            if self._is_closed:
+                raise EngineStopped("the engine has stopped") from self.error
+            if self._room <= 0:
+                raise QueueFull(f"{self._max_waiting} requests wait already, which is the limit")
+            self._room -= 1
+            self._inbox.put(request)
 
     def abort(self, request_ids: Sequence[str]) -> None:
         """Ends requests: an update says so, and their pages are free for the next step."""
@@ -101,8 +112,9 @@ class EngineThread:
 
     def close(self) -> None:
         """Ends the thread and frees the device; requests still live get an error."""
-        self._is_closed = True
-        self._inbox.put(_Close())
+        with self._lock:
+            self._is_closed = True
+            self._inbox.put(_Close())
         if threading.current_thread() is not self._thread:
             self._thread.join()
 
@@ -120,18 +132,17 @@ class EngineThread:
             started.put(error)
             return
         self._max_waiting = core.max_waiting
-        self._num_waiting = lambda: core.num_waiting
+        self._count_room(core)
         self._stats = core.stats()
         started.put(core.info)
         try:
             self._loop(core)
         except BaseException as error:  # the one place: no request may wait for a dead engine
             self.error = error
-        finally:
-            self._is_closed = True
+        try:
             self._fail_all()
-            with contextlib.suppress(Exception):
-                core.close()
+        finally:
+            core.close()
 
     def _loop(self, core: EngineCore) -> None:
         while True:
@@ -143,6 +154,12 @@ class EngineThread:
             if core.has_work:
                 self._send(core.step())
             self._stats = core.stats()
+            self._count_room(core)
+
+    def _count_room(self, core: EngineCore) -> None:
+        """Renews how many requests may come: free slots, and what the queue still holds."""
+        with self._lock:
+            self._room = core.num_free - self._inbox.qsize()
 
     def _messages(self, *, wait: bool) -> list[Request | _Abort | _Close]:
         messages = [self._inbox.get()] if wait else []
@@ -173,11 +190,15 @@ class EngineThread:
 
     def _fail_all(self) -> None:
         """Tells every request that still hopes, those in the inbox included."""
+        with self._lock:
+            self._is_closed = True  # from here on nothing enters the inbox
         for message in self._messages(wait=False):
             if isinstance(message, Request):
                 self._live.add(message.request_id)
         reason = "closed" if self.error is None else f"{type(self.error).__name__}: {self.error}"
         text = f"the engine has stopped: {reason}"
+        if self.error is not None:
+            self._on_death(text)
         self._send([Update(request_id=request_id, error=text) for request_id in sorted(self._live)])
 
 

@@ -74,6 +74,7 @@ class EngineCore:
             num_pages=num_pages,
             num_slots=limits.num_slots,
             eos_tokens=loaded.eos_tokens,
+            scheduling_policy=config.scheduling_policy,
             device=device_line(loaded.device),
             dtype=loaded.dtypes.weights.name,
             attention=loaded.settings.attention,
@@ -100,9 +101,11 @@ class EngineCore:
         return self._scheduler.has_work or self._pending is not None
 
     @property
-    def num_waiting(self) -> int:
-        """Requests that wait for a slot."""
-        return self._scheduler.num_waiting
+    def num_free(self) -> int:
+        """Requests that may still come: free slots, and what the queue still holds."""
+        scheduler = self._scheduler
+        num_slots = self.info.max_num_seqs - scheduler.num_running
+        return num_slots + self.max_waiting - scheduler.num_waiting
 
     def add(self, request: Request) -> None:
         """Queues a request; raises QueueFull, or RequestError for one that cannot ever run."""
@@ -167,7 +170,7 @@ class EngineCore:
         """
         now_s = time.monotonic()
         for sequence in plan.admitted:
-            if sequence.request.arrival_s and not sequence.num_outputs:
+            if sequence.request.arrival_s and not sequence.num_preemptions:
                 self._queue_s += now_s - sequence.request.arrival_s
         if previous is not None and previous.is_done():
             self._host_gap_s += now_s - max(self._read_s, self._dispatch_s)
@@ -248,7 +251,9 @@ def _make_scheduler(config: EngineConfig, loaded: _Loaded, pool: PagePool) -> Sc
         max_step_tokens=limits.max_step_tokens,
         max_model_len=limits.max_model_len,
         page_size=limits.page_size,
-        max_waiting=loaded.settings.max_waiting,
+        # The client counts what waits. Beyond that, free slots may be taken, and preempted
+        # sequences come back.
+        max_waiting=loaded.settings.max_waiting + 2 * limits.num_slots,
         eos_tokens=loaded.eos_tokens,
         max_page_grants=limits.max_grants,
         max_history_tokens=limits.max_history,
@@ -267,6 +272,7 @@ def _make_runner(
         store = ExecutableStore(
             cache_dir, [loaded.device], loaded.model.config, loaded.dtypes, spec, num_pages
         )
+        store.prune()
     runner = Runner(spec=spec, params=loaded.params, state=_initial_state(loaded, num_pages))
     buckets = _buckets(loaded.settings)
     advance = progress(report, "compiling")

@@ -10,6 +10,7 @@ import hashlib
 import os
 import pickle
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,9 @@ from jax.experimental import serialize_executable
 
 import jaxserve
 import pallas_kernels
+from jaxserve.errors import ConfigError
+
+_KEPT_S = 30 * 24 * 3600
 
 
 class ExecutableStore:
@@ -35,6 +39,7 @@ class ExecutableStore:
         path = self._path(program)
         try:
             executable, in_tree, out_tree = pickle.loads(path.read_bytes())
+            path.touch()
             return serialize_executable.deserialize_and_load(
                 executable, in_tree, out_tree, execution_devices=self._devices
             )
@@ -45,11 +50,24 @@ class ExecutableStore:
             return None
 
     def save(self, compiled: jax.stages.Compiled, *program: object) -> None:
-        """Writes a compiled program, whole or not at all."""
+        """Writes a compiled program, whole or not at all.
+
+        Raises OSError for a full or read-only disk, ValueError for a backend that cannot.
+        """
         path = self._path(program)
         temporary = path.with_suffix(f".{os.getpid()}.tmp")
-        temporary.write_bytes(pickle.dumps(serialize_executable.serialize(compiled)))
-        temporary.replace(path)
+        try:
+            temporary.write_bytes(pickle.dumps(serialize_executable.serialize(compiled)))
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def prune(self) -> None:
+        """Deletes what was not used for a month: other settings, and sources since changed."""
+        oldest_s = time.time() - _KEPT_S
+        for path in self._directory.iterdir():
+            if path.stat().st_mtime < oldest_s:
+                path.unlink(missing_ok=True)
 
     def _path(self, program: tuple[object, ...]) -> Path:
         key = hashlib.sha256(f"{self._settings}\n{program!r}".encode()).hexdigest()
@@ -57,9 +75,20 @@ class ExecutableStore:
 
 
 def private_directory(path: Path) -> Path:
-    """Returns the directory, made if need be, readable by its owner only."""
-    path.mkdir(mode=0o700, parents=True, exist_ok=True)
-    path.chmod(0o700)
+    """Returns the directory, made if need be, readable by its owner only: this user.
+
+    Raises ConfigError for one that belongs to another or cannot be made.
+    """
+    try:
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if path.stat().st_uid != os.getuid():
+            raise ConfigError(f"compile_cache_dir {path} belongs to another user")
+        path.chmod(0o700)
+    except OSError as error:
+        reason = error.strerror or error
+        raise ConfigError(
+            f"compile_cache_dir {path} cannot be used ({reason}); an empty one turns it off"
+        ) from error
     return path
 
 

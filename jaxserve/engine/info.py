@@ -22,11 +22,13 @@ class EngineInfo:
     num_pages: int
     num_slots: int
     eos_tokens: tuple[int, ...]
+    scheduling_policy: str = "fcfs"
     device: str
     dtype: str
     attention: str
     num_programs: int  # compiled step programs
     ready_s: float  # from the start of loading until ready
+    scheduling_policy: str = "fcfs"
 
 
 @dataclass(frozen=True, kw_only=True)

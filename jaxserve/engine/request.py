@@ -91,9 +91,9 @@ class SamplingParams:
             ("bad_words", tuple(token for word in self.bad_word_tokens for token in word)),
         ):
             for token in tokens:
-                if not 0 <= token < vocab_size:
+                if type(token) is not int or not 0 <= token < vocab_size:
                     raise RequestError(
-                        f"{param} holds token {token}; the vocabulary has {vocab_size} tokens",
+                        f"{param} holds token {token!r}; the vocabulary has {vocab_size} tokens",
                         param=param,
                     )
         for param, count in (

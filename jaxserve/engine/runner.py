@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -17,6 +18,7 @@ from jaxserve.engine.packing import Packed, blob_layout, empty_blob, extras_layo
 from jaxserve.engine.request import TokenLogprobs
 from jaxserve.engine.sequence import SpanResult, StepPlan
 from jaxserve.engine.step import DeviceState, StepSpec, make_step
+from jaxserve.errors import ConfigError
 from jaxserve.models.loading import AbstractModel
 
 Bucket = tuple[int, int]  # tokens, rows
@@ -151,7 +153,11 @@ def buckets_for(max_tokens: int, max_rows: int, min_rows: int) -> tuple[Bucket, 
     smallest = max(64, 2 * rows[-1])
     tokens = _powers(smallest, max(max_tokens, smallest))
     buckets = [(count, count) for count in rows] + [(count, rows[-1]) for count in tokens]
-    assert len(buckets) <= 16, buckets
+    if len(buckets) > 16:
+        raise ConfigError(
+            f"max_num_batched_tokens {max_tokens} and max_num_seqs {max_rows} need {len(buckets)} "
+            "programs; the limit is 16"
+        )
     return tuple(buckets)
 
 
@@ -181,13 +187,18 @@ def compile_programs(
             return compiled
         compiled = lower_step(model, spec, state, bucket).compile()
         if store is not None:
-            store.save(compiled, bucket)
+            # Without a place on disk the engine still runs; the next start compiles again.
+            with contextlib.suppress(OSError, ValueError):
+                store.save(compiled, bucket)
         return compiled
 
     with ThreadPoolExecutor(max_workers=4, thread_name_prefix="compile") as pool:
         futures = {pool.submit(build, bucket): bucket for bucket in buckets}
-        for future in as_completed(futures):
-            yield futures[future], future.result()
+        try:
+            for future in as_completed(futures):
+                yield futures[future], future.result()
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
 
 
 def lower_step(

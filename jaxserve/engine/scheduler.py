@@ -313,6 +313,7 @@ class Scheduler:
         draft.withdraw(sequence)
         draft.preempted.append(sequence)
         self.totals.num_preemptions += 1
+        sequence.num_preemptions += 1
         self._release(sequence)
         sequence.num_computed = 0
         insort(self.waiting, sequence, key=_key_of)

@@ -32,6 +32,7 @@ class Sequence:
     num_scored: int  # prompt tokens whose logprobs are dispatched, or were never asked for
     num_computed: int = 0
     num_in_flight: int = 0
+    num_preemptions: int = 0
     num_cached: int | None = None  # prompt tokens hit in the prefix cache when first admitted
     slot: int | None = None
     pages: list[int] = field(default_factory=list)

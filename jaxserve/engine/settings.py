@@ -95,10 +95,16 @@ def settings_for(
         ("max_num_seqs", num_slots),
         ("page_size", page_size),
         ("max_num_batched_tokens", max_step_tokens),
-        ("max_model_len", max_model_len - 1),
     ):
         if value < 1:
-            raise ConfigError(f"{name} is too small")
+            raise ConfigError(f"{name} is {value}; it must be at least 1")
+    if max_model_len < 2:
+        raise ConfigError(f"max_model_len is {max_model_len}; it must be at least 2")
+    if config.max_logprobs > model.config.vocab_size:
+        raise ConfigError(
+            f"max_logprobs is {config.max_logprobs}; the vocabulary has "
+            f"{model.config.vocab_size} tokens"
+        )
     backend = backend_for(platform)
     return Settings(
         limits=Limits(

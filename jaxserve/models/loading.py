@@ -46,7 +46,10 @@ def abstract_model(
 ) -> AbstractModel:
     """Returns the model that a Hugging Face config describes; WeightError if it is unknown."""
     family = family_for(hf_config)
-    config = family.config.from_hf(hf_config)
+    try:
+        config = family.config.from_hf(hf_config)
+    except KeyError as error:
+        raise WeightError(f"config.json: lacks {error.args[0]!r}") from error
     build = functools.partial(family.model, config, dtype=dtype, activation_dtype=activation_dtype)
     graph, state = nnx.split(nnx.eval_shape(build))
     leaves, tree = jax.tree.flatten(state)

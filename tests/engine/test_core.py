@@ -21,7 +21,6 @@ CONFIG = EngineConfig(
     max_num_batched_tokens=64,
     max_model_len=128,
     page_size=4,
-    compile_cache_dir="",
 )
 
 
@@ -36,8 +35,9 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def config(folder):
-    return dataclasses.replace(CONFIG, model=str(folder))
+def config(folder, tmp_path_factory):
+    cache = str(tmp_path_factory.mktemp("cache"))
+    return dataclasses.replace(CONFIG, model=str(folder), compile_cache_dir=cache)
 
 
 @pytest.fixture(scope="module")
@@ -233,11 +233,12 @@ def test_an_aborted_request_frees_its_pages_before_the_next_plan(core):
 def test_requests_that_cannot_run_are_refused(core):
     with pytest.raises(PromptTooLong, match="128"):
         core.add(Request(request_id="long", prompt_tokens=(1,) * 128))
-    for index in range(core.max_waiting):
+    limit = core.max_waiting + 2 * core.info.max_num_seqs
+    for index in range(limit):
         core.add(Request(request_id=str(index), prompt_tokens=(1,)))
-    with pytest.raises(QueueFull, match="64"):
+    with pytest.raises(QueueFull, match=str(limit)):
         core.add(Request(request_id="full", prompt_tokens=(1,)))
-    core.abort([str(index) for index in range(core.max_waiting)])
+    core.abort([str(index) for index in range(limit)])
 
 
 def test_too_few_pages_are_refused_with_the_numbers(config):

@@ -45,7 +45,6 @@ CONFIG = EngineConfig(
     max_model_len=256,
     max_num_seqs=32,
     max_num_batched_tokens=256,
-    compile_cache_dir="",
 )
 
 
@@ -73,8 +72,13 @@ def reference(folder):
 
 
 @pytest.fixture(scope="module")
-def core():
-    core = EngineCore(CONFIG, print)
+def config(tmp_path_factory):
+    return dataclasses.replace(CONFIG, compile_cache_dir=str(tmp_path_factory.mktemp("cache")))
+
+
+@pytest.fixture(scope="module")
+def core(config):
+    core = EngineCore(config, print)
     yield core
     core.close()
 
@@ -106,10 +110,10 @@ def test_greedy_tokens_in_a_batch_of_32_with_staggered_arrivals_are_the_same(
         assert answer.num_cached_tokens == (len(prompt) - 1) // 16 * 16
 
 
-def test_chunks_of_16_and_preemption_do_not_change_tokens(prompts, together):
+def test_chunks_of_16_and_preemption_do_not_change_tokens(config, prompts, together):
     # Pages for three sequences of full length, sixteen requests.
     small = dataclasses.replace(
-        CONFIG, max_num_batched_tokens=16, max_num_seqs=16, num_pages=3 * 16
+        config, max_num_batched_tokens=16, max_num_seqs=16, num_pages=3 * 16
     )
     other = EngineCore(small, print)
     assert tokens_of(run(other, prompts[:16], GREEDY)) == together[:16]
@@ -119,7 +123,7 @@ def test_chunks_of_16_and_preemption_do_not_change_tokens(prompts, together):
     )
     squeezed = tokens_of(run(other, prompts[:16], sampled))
     other.close()
-    wide = EngineCore(dataclasses.replace(CONFIG, enable_prefix_caching=False), print)
+    wide = EngineCore(dataclasses.replace(config, enable_prefix_caching=False), print)
     assert tokens_of(run(wide, prompts[:16], sampled)) == squeezed
     alone = [run(wide, [prompt], sampled)[0].tokens for prompt in prompts[:4]]
     assert alone == squeezed[:4]
