@@ -256,6 +256,18 @@ def _configs(args: argparse.Namespace) -> tuple[EngineConfig, ServerConfig]:
     return from_table(EngineConfig, engine), from_table(ServerConfig, server)
 
 
+def _engine_config(args: argparse.Namespace) -> EngineConfig:
+    """Returns the config of a command that runs an engine without a server.
+
+    Raises `ConfigError` if the file sets what would change a server's answers but not these.
+    """
+    engine, server = _configs(args)
+    for name in ("chat_template", "generation_config"):
+        if getattr(server, name) != getattr(ServerConfig(), name):
+            raise ConfigError(f"--config {args.config}: [server] {name} is for `serve` only")
+    return engine
+
+
 def read_toml(path: Path) -> dict[str, dict[str, Any]]:
     """Returns the [engine] and [server] tables with every value checked.
 
@@ -307,7 +319,7 @@ def _generate(args: argparse.Namespace) -> int:
     options = _options(args, GenerateOptions)
     if not options.prompt:
         _fail(args, "give at least one prompt with -p")
-    engine_config, _ = _configs(args)
+    engine_config = _engine_config(args)
     from jaxserve.complete import generate_text
 
     return generate_text(engine_config, options)
@@ -315,7 +327,7 @@ def _generate(args: argparse.Namespace) -> int:
 
 def _chat(args: argparse.Namespace) -> int:
     options = _options(args, ChatOptions)
-    engine_config, _ = _configs(args)
+    engine_config = _engine_config(args)
     if options.url and (engine_config != EngineConfig() or args.MODEL):
         _fail(args, "--url talks to a running server; MODEL and engine options need no --url")
     from jaxserve.repl import chat_here, chat_with_server
@@ -335,7 +347,7 @@ def _bench_serve(args: argparse.Namespace) -> int:
 
 def _bench_throughput(args: argparse.Namespace) -> int:
     options = _options(args, ThroughputBenchOptions)
-    engine_config, _ = _configs(args)
+    engine_config = _engine_config(args)
     from jaxserve.bench.offline import run_throughput_bench
 
     return run_throughput_bench(engine_config, options)
@@ -343,7 +355,7 @@ def _bench_throughput(args: argparse.Namespace) -> int:
 
 def _bench_latency(args: argparse.Namespace) -> int:
     options = _options(args, LatencyBenchOptions)
-    engine_config, _ = _configs(args)
+    engine_config = _engine_config(args)
     from jaxserve.bench.offline import run_latency_bench
 
     return run_latency_bench(engine_config, options)

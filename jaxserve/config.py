@@ -63,7 +63,7 @@ class EngineConfig:
     mesh: str = option("1", "devices as data x tensor, e.g. `2x4`")
     max_logprobs: int = option(20, "most logprobs a request may ask for", low=0)
     seed: int = option(
-        0, "seed of requests that bring none, and of dummy weights", low=0, high=2**32 - 1
+        0, "seed of LLM's unseeded requests and of dummy weights", low=0, high=2**32 - 1
     )
     compile_cache_dir: str = option("auto", "persistent compile cache; empty turns it off")
 

@@ -84,6 +84,11 @@ def build_requests(
     Ids are `request_id`, or `request_id-0`, `-1`, ... for n > 1; sample i has the seed plus i.
     `max_tokens` is cut to what fits next to the prompt. Raises `RequestError`, naming the field.
     """
+    if priority and info.scheduling_policy != "priority":
+        raise RequestError(
+            f"priority is {priority}; that needs the engine's scheduling_policy to be priority",
+            param="priority",
+        )
     tokens = tuple(encode_prompt(prompt, tokenizer, info, add_special_tokens=add_special_tokens))
     params = _resolve(params, len(tokens), tokenizer, info)
     seed = None if params.is_greedy else params.seed

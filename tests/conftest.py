@@ -11,7 +11,12 @@ jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
+import signal  # noqa: E402
+
 import pytest  # noqa: E402
+
+# A shell's background job ignores Ctrl-C, and so would every process started here.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def fail_if_skipped(report):

@@ -247,6 +247,11 @@ def test_a_server_that_is_not_there_is_an_error():
         )
 
 
+def test_a_warm_up_ends_at_the_timeout():
+    with pytest.raises(JaxserveError, match=r"did not finish in 0\.2 s"):
+        bench(FakeServer(step_s=0.05), num_prompts=1, random_output_len=1000, timeout=0.2)
+
+
 def test_a_connection_closed_early_is_an_error():
     async def hang_up(reader, writer):
         writer.close()

@@ -134,6 +134,13 @@ def test_a_mistake_in_the_file_is_one_line_that_names_it(capsys, tmp_path, text,
     assert message in error
 
 
+def test_offline_commands_refuse_server_options_that_would_change_answers(capsys, tmp_path):
+    path = tmp_path / "c.toml"
+    path.write_text("[server]\ngeneration_config = 'jaxserve'\nport = 1\n")
+    assert run(["generate", "-p", "a", "--config", str(path)]) == 1
+    assert "[server] generation_config is for `serve` only" in capsys.readouterr().err
+
+
 def test_a_file_that_is_not_there_is_a_mistake(capsys, tmp_path):
     assert "No such file" in mistake(capsys, "serve", "--config", str(tmp_path / "no.toml"))
 

@@ -76,6 +76,18 @@ def test_seeds_of_samples_stay_in_range_and_apart():
     assert seeds == [2**63 - 2, 2**63 - 1, 0]
 
 
+def test_a_priority_needs_the_policy_that_heeds_it():
+    def build_with(info):
+        params = SamplingParams()
+        return build_requests("id", "a", params, tokenizer=BYTES, info=info, priority=1)
+
+    with pytest.raises(RequestError, match="scheduling_policy") as caught:
+        build_with(INFO)
+    assert caught.value.param == "priority"
+    by_priority = dataclasses.replace(INFO, scheduling_policy="priority")
+    assert build_with(by_priority)[0].priority == 1
+
+
 def test_only_the_first_sample_brings_prompt_logprobs():
     requests = build(n=2, prompt_logprobs=1)
     assert [request.params.prompt_logprobs for request in requests] == [1, None]

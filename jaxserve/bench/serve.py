@@ -19,6 +19,8 @@ from jaxserve.bench.report import RequestResult, save, serve_figures, serve_tabl
 from jaxserve.errors import JaxserveError
 from jaxserve.options import ServeBenchOptions
 
+MIN_CHECK_S = 1.0  # for the ready check's last try
+
 
 def run_serve_bench(options: ServeBenchOptions) -> int:
     """Runs the load, prints the table and returns 0 when every request succeeded, else 1."""
@@ -41,7 +43,11 @@ async def measure(options: ServeBenchOptions) -> tuple[dict[str, float], list[st
     rng = random.Random(options.seed)
     bodies = [_body(options, rng) for _ in range(options.num_warmups + options.num_prompts)]
     for body in bodies[: options.num_warmups]:
-        outcome = await _send(server, body)
+        try:
+            async with asyncio.timeout(options.timeout):
+                outcome = await _send(server, body)
+        except TimeoutError:
+            outcome = f"a warm-up did not finish in {options.timeout:g} s"
         if isinstance(outcome, str):
             raise JaxserveError(f"{options.base_url} answered: {outcome}")
     started = time.perf_counter()
@@ -57,7 +63,8 @@ async def _wait_until_ready(server: Server, timeout_s: float) -> str:
     deadline = time.monotonic() + timeout_s
     while True:
         try:
-            response = await exchange(server, "/v1/models")
+            async with asyncio.timeout(max(deadline - time.monotonic(), MIN_CHECK_S)):
+                response = await exchange(server, "/v1/models")
             if response.status == 200:
                 return str(orjson.loads(response.body)["data"][0]["id"])
             reason = _error_text(response)

@@ -54,7 +54,8 @@ class EngineThread:
     """Runs an engine on a thread of its own. Any thread may submit, abort and close.
 
     The thread alone touches the core; others leave messages in an inbox. If the core raises, every
-    live request gets an update with the error, and later submits raise EngineStopped.
+    live request gets an update with the error, in one last delivery that may be empty, and later
+    submits raise EngineStopped.
     """
 
     def __init__(
@@ -63,11 +64,9 @@ class EngineThread:
         deliver: Deliver,
         *,
         report: Callable[[str], None] | None = None,
-        on_death: Callable[[str], None] | None = None,  # called once, with the cause in words
     ) -> None:
         """Loads and compiles; returns when ready. Raises what loading raises."""
         self._deliver = deliver
-        self._on_death = on_death or _ignore
         self._inbox: queue.SimpleQueue[Request | _Abort | _Close] = queue.SimpleQueue()
         # Guards what submitters and the engine thread both read and write.
         self._lock = threading.Lock()
@@ -197,9 +196,9 @@ class EngineThread:
                 self._live.add(message.request_id)
         reason = "closed" if self.error is None else f"{type(self.error).__name__}: {self.error}"
         text = f"the engine has stopped: {reason}"
-        if self.error is not None:
-            self._on_death(text)
-        self._send([Update(request_id=request_id, error=text) for request_id in sorted(self._live)])
+        updates = [Update(request_id=request_id, error=text) for request_id in sorted(self._live)]
+        if updates or self.error is not None:
+            self._deliver(updates)
 
 
 def _ignore(line: str) -> None:

@@ -22,7 +22,6 @@ class EngineInfo:
     num_pages: int
     num_slots: int
     eos_tokens: tuple[int, ...]
-    scheduling_policy: str = "fcfs"
     device: str
     dtype: str
     attention: str

@@ -13,6 +13,7 @@ import asyncio
 import contextlib
 import dataclasses
 import itertools
+import logging
 import socket
 import subprocess
 import sys
@@ -46,6 +47,8 @@ from jaxserve.errors import ConfigError, EngineStopped, JaxserveError, QueueFull
 
 EXIT_GRACE_S = 10.0
 ENGINE_COMMAND = (sys.executable, "-m", "jaxserve.engine.process")
+
+logger = logging.getLogger("jaxserve")
 
 
 class UpdateStream:
@@ -91,6 +94,7 @@ class UpdateStream:
 
     async def __aexit__(self, *exception: object) -> None:
         if self._live:
+            self._client.num_abandoned += len(self._live)
             self._client.abort(tuple(self._live))
             self._live.clear()
 
@@ -129,6 +133,7 @@ class IpcClient:
         self.info: EngineInfo | None = None
         self.error: str | None = None
         self.error_kind = "EngineStopped"
+        self.num_abandoned = 0  # requests whose client left before their end
         self.stopped = asyncio.Event()
         self._ready = asyncio.Event()
         self._reader = reader
@@ -266,6 +271,10 @@ class IpcClient:
             self._stop("EngineStopped", "the engine process ended")
         except msgspec.MsgspecError as error:
             self._stop("EngineStopped", f"the engine sent a frame that cannot be read: {error}")
+        except Exception as error:
+            # Nobody awaits this task before the end: without the stop every stream would hang.
+            logger.exception("reading from the engine failed")
+            self._stop("EngineStopped", f"reading from the engine failed: {error}")
 
     def _receive(self, message: ToFront) -> None:
         match message:

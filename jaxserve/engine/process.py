@@ -21,7 +21,6 @@ from jaxserve.engine.info import EngineInfo, EngineStats
 from jaxserve.engine.request import Request, Update
 from jaxserve.engine.wire import (
     LENGTH,
-    MAX_FRAME_BYTES,
     Abort,
     Admitted,
     AskStats,
@@ -40,7 +39,7 @@ from jaxserve.engine.wire import (
     pack_frame,
     unpack_request,
 )
-from jaxserve.errors import EngineStopped, JaxserveError
+from jaxserve.errors import EngineStopped, JaxserveError, RequestError
 
 CLOSE_GRACE_S = 10.0
 
@@ -86,6 +85,22 @@ class _Outbox:
         """Queues a frame; never blocks."""
         self._frames.put(pack_frame(message))
 
+    def put_updates(self, updates: list[Update]) -> list[str]:
+        """Queues updates in one frame, or in more if they are too large for one.
+
+        An update that is too large alone fails its request; returns the ids of such requests.
+        """
+        try:
+            self.put(Updates(updates))
+        except RequestError as error:
+            if len(updates) == 1:
+                failed = updates[0].request_id
+                self.put(Updates([Update(request_id=failed, error=str(error))]))
+                return [failed]
+            middle = len(updates) // 2
+            return self.put_updates(updates[:middle]) + self.put_updates(updates[middle:])
+        return []
+
     def close(self) -> None:
         """Writes what has queued and ends the thread."""
         self._frames.put(None)
@@ -129,8 +144,10 @@ def _load(
     outbox: _Outbox,
 ) -> None:
     def deliver(updates: list[Update]) -> None:
-        outbox.put(Updates(updates))
-        if engines and any(update.error is not None for update in updates):
+        failed = outbox.put_updates(updates)
+        if failed and engines:
+            engines[0].abort(failed)
+        if engines and (not updates or any(update.error is not None for update in updates)):
             _report_death(engines[0], outbox)
 
     try:
@@ -160,7 +177,7 @@ def _read_frame(frames: Any) -> ToEngine | None:
         if len(head) < LENGTH.size:
             return None
         (size,) = LENGTH.unpack(head)
-        if size > MAX_FRAME_BYTES or len(body := frames.read(size)) < size:
+        if len(body := frames.read(size)) < size:
             return None
     except OSError:
         return None

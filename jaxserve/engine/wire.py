@@ -14,6 +14,7 @@ import msgspec
 
 from jaxserve.engine.info import EngineInfo, EngineStats
 from jaxserve.engine.request import Request, SamplingParams, Update
+from jaxserve.errors import RequestError
 
 LENGTH = struct.Struct(">I")
 MAX_FRAME_BYTES = 2**30
@@ -110,8 +111,13 @@ _DEFAULTS = {field.name: field.default for field in dataclasses.fields(SamplingP
 
 
 def pack_frame(message: ToEngine | ToFront) -> bytes:
-    """Returns the message with its length in front."""
+    """Returns the message with its length in front. Raises `RequestError` if it is too large."""
     body = _encoder.encode(message)
+    if len(body) > MAX_FRAME_BYTES:
+        raise RequestError(
+            f"the message to or from the engine has {len(body)} bytes; "
+            f"the limit is {MAX_FRAME_BYTES}"
+        )
     return LENGTH.pack(len(body)) + body
 
 

@@ -265,12 +265,13 @@ def load_history(
     """Adds known tokens to the counts of newly admitted slots with penalties."""
     outputs = jnp.where(is_output, slots, state.num_slots)
     prompts = jnp.where(is_output, state.num_slots, slots)
-    # The TPU compiler scatters into a flat copy, and of bytes it makes one in minutes: not of words.
+    # The TPU compiler scatters into a flat copy. Of bytes it takes minutes to make one, of words
+    # not; the barrier keeps it from turning them into bytes before they are rows again.
     in_prompt = state.in_prompt.astype(jnp.int32).at[prompts, tokens].set(1, mode="drop")
     return dataclasses.replace(
         state,
         output_counts=state.output_counts.at[outputs, tokens].add(1, mode="drop"),
-        in_prompt=in_prompt != 0,
+        in_prompt=lax.optimization_barrier(in_prompt) != 0,
     )
 
 

@@ -128,10 +128,9 @@ def _build(
         add_generation_prompt=body.add_generation_prompt is not False,
         continue_final_message=bool(body.continue_final_message),
         variables=body.chat_template_kwargs,
+        add_special_tokens=bool(body.add_special_tokens),
     )
     tokens = prompt.tokens
-    if body.add_special_tokens:
-        tokens = text.tokenizer.encode(prompt.text)
     if len(tokens) >= info.max_model_len:
         raise PromptTooLong(len(tokens), info.max_model_len, param="messages")
     is_completion = body.max_completion_tokens is not None

@@ -14,6 +14,7 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
 from jaxserve.engine.request import Request, SamplingParams
+from jaxserve.errors import RequestError
 from jaxserve.generation import Delta, PositionLogprobs, build_requests
 from jaxserve.server.body import read_body
 from jaxserve.server.chunks import ChunkWriter
@@ -43,6 +44,7 @@ from jaxserve.server.state import ServerState
 from jaxserve.text.tokenizer import Tokenizer
 
 DEFAULT_MAX_TOKENS = 16
+MAX_SEQUENCES = 1024  # prompts x n: each is a request of its own, with its prompt's tokens
 
 _decoder = msgspec.json.Decoder(CompletionRequest)
 
@@ -59,10 +61,6 @@ class _Reply:
     tokenizer: Tokenizer
     generation: Generation
 
-    @property
-    def is_echo_only(self) -> bool:
-        return self.body.max_tokens == 0
-
 
 async def create_completion(http: HttpRequest) -> Response:
     """Returns a completion, or a stream of its chunks."""
@@ -73,6 +71,7 @@ async def create_completion(http: HttpRequest) -> Response:
     body.check()
     prompts = body.prompts()
     params = _params(body, state)
+    _check_count(len(prompts), params.n)
     requests = await off_loop(
         partial(_build, body, prompts, params, engine_id(reply_id), arrival_s, state),
         sum(map(len, prompts)),
@@ -86,13 +85,22 @@ async def create_completion(http: HttpRequest) -> Response:
         body=body,
         prompt_texts=texts,
         tokenizer=text.tokenizer,
-        generation=await start(state, requests),
+        generation=await start(state, requests, is_echo_only=body.max_tokens == 0),
     )
     if body.stream:
         chunks = _chunk_writer(reply)
         return EventStream(chunks.stream(_writer(reply, chunks)), reply.generation.updates)
     outcomes = await while_connected(http.receive, collect(reply.generation))
     return JSON(_completion(reply, outcomes))
+
+
+def _check_count(num_prompts: int, n: int) -> None:
+    if num_prompts * n > MAX_SEQUENCES:
+        raise RequestError(
+            f"{num_prompts} prompts with n = {n} are {num_prompts * n} sequences; "
+            f"the limit is {MAX_SEQUENCES}",
+            param="n",
+        )
 
 
 def _params(body: CompletionRequest, state: ServerState) -> SamplingParams:
@@ -167,11 +175,9 @@ def _completion(reply: _Reply, outcomes: Sequence[Outcome]) -> Completion:
 def _choice(reply: _Reply, outcome: Outcome) -> CompletionChoice:
     body, sample = reply.body, outcome.sample
     prompt_text = reply.prompt_texts[sample.prompt] if body.echo else ""
-    if reply.is_echo_only:
-        outcome.last = Delta(finish_reason="length")
     return CompletionChoice(
         index=sample.index,
-        text=prompt_text if reply.is_echo_only else prompt_text + outcome.text,
+        text=prompt_text + outcome.text,
         logprobs=_logprobs(reply, sample, outcome.logprobs, outcome.prompt_logprobs),
         finish_reason=outcome.last.finish_reason,
         stop_reason=outcome.last.stop_reason,
@@ -200,7 +206,7 @@ def _logprobs(
         result.token_logprobs.append(None)
         result.top_logprobs.append(None)
     echoed = [(0, position) for position in prompt or () if position] if body.echo else []
-    generated = [] if reply.is_echo_only else [(shift, position) for position in positions]
+    generated = [(shift, position) for position in positions]
     for start_char, position in (*echoed, *generated):
         entries = (position.chosen, *position.top[: body.logprobs])
         result.tokens.append(token_name(position.chosen, as_ids))
@@ -221,7 +227,7 @@ def _writer(reply: _Reply, chunks: ChunkWriter) -> Callable[[Sample, Delta], byt
         has_more = delta.finish_reason is not None or delta.logprobs is not None
         if not has_more and not body.return_token_ids and not (is_first and body.echo):
             return chunks.plain(sample.index, delta.text) if delta.text else b""
-        text = "" if reply.is_echo_only else delta.text
+        text = delta.text
         if is_first and body.echo:
             text = reply.prompt_texts[sample.prompt] + text
         fields: dict[str, Any] = {

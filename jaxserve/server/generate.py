@@ -29,8 +29,9 @@ T = TypeVar("T")
 
 # Longer texts are encoded on a thread, so that streams are not held up.
 MAX_INLINE_CHARS = 2000
-# A prompt is too long if so many characters for each position of the context are too many tokens.
+# Texts of more characters than this for each position of the context are looked at in pieces.
 PROBE_CHARS = 4
+PROBE_PIECE_CHARS = 4096
 PROBE_SLACK_TOKENS = 16
 MIN_LOGPROB = -9999.0  # JSON has no infinity
 
@@ -56,8 +57,12 @@ class Generation:
         state: ServerState,
         updates: UpdateStream,
         prompts: Sequence[Sequence[Request]],  # each prompt's samples
+        *,
+        is_echo_only: bool = False,  # the client asked for no token; the engine makes one
     ) -> None:
         self.updates = updates
+        self._is_echo_only = is_echo_only
+        self._metrics = state.metrics
         self.samples: dict[str, Sample] = {}
         self._num_cached = [0] * len(prompts)
         self._num_prompt_tokens = 0
@@ -92,6 +97,10 @@ class Generation:
                 delta = sample.assembler.push(update)
                 if delta.must_abort:
                     updates.drop(update.request_id)
+                if self._is_echo_only:
+                    delta = _without_answer(delta)
+                if delta.finish_reason is not None:
+                    self._metrics.num_finished[delta.finish_reason] += 1
                 self._num_tokens += len(delta.tokens)
                 cached = self._num_cached
                 cached[sample.prompt] = max(cached[sample.prompt], delta.num_cached_tokens)
@@ -100,11 +109,24 @@ class Generation:
             yield news
 
 
-async def start(state: ServerState, prompts: Sequence[Sequence[Request]]) -> Generation:
+def _without_answer(delta: Delta) -> Delta:
+    """Returns what a delta says about the prompt, as if nothing had been generated."""
+    return delta._replace(
+        text="",
+        tokens=(),
+        logprobs=() if delta.logprobs is not None else None,
+        finish_reason=None if delta.finish_reason is None else "length",
+        stop_reason=None,
+    )
+
+
+async def start(
+    state: ServerState, prompts: Sequence[Sequence[Request]], *, is_echo_only: bool = False
+) -> Generation:
     """Returns the generation of all requests once the engine has admitted them."""
     engine, _, _ = state.loaded()
     updates = await engine.submit([request for requests in prompts for request in requests])
-    return Generation(state, updates, prompts)
+    return Generation(state, updates, prompts, is_echo_only=is_echo_only)
 
 
 class Outcome:
@@ -172,13 +194,17 @@ async def off_loop(work: Callable[[], T], num_chars: int) -> T:
 
 
 def check_length(text: str, tokenizer: Tokenizer, limit: int, param: str) -> None:
-    """Raises `PromptTooLong` early: the beginning of a hopeless text is enough to tell."""
+    """Raises `PromptTooLong` early: a long text is encoded in pieces, until they are too many."""
     if len(text) <= PROBE_CHARS * limit:
         return
-    head = tokenizer.encode(text[: PROBE_CHARS * limit], add_special_tokens=False)
-    # The cut may have split a few tokens more than the whole text has there.
-    if (count := len(head) - PROBE_SLACK_TOKENS) >= limit:
-        raise PromptTooLong(count, limit, param=param, at_least=True)
+    count = 0
+    num_chars = min(PROBE_CHARS * limit, MAX_PROBE_CHARS)
+    for start in range(0, len(text), num_chars):
+        piece = text[start : start + num_chars]
+        # A cut may make a few tokens more than the whole text has there.
+        count += len(tokenizer.encode(piece, add_special_tokens=False)) - PROBE_SLACK_TOKENS
+        if count >= limit:
+            raise PromptTooLong(count, limit, param=param, at_least=True)
 
 
 @contextlib.contextmanager

@@ -44,5 +44,6 @@ async def get_metrics(http: HttpRequest) -> Response:
         with contextlib.suppress(EngineStopped, TimeoutError):
             stats = await asyncio.wait_for(state.engine.stats(), STATS_TIMEOUT_S)
             info = state.engine.info
-    snapshot = metrics.Snapshot(state.model_names[0], state.metrics, info, stats)
+    num_abandoned = 0 if state.engine is None else state.engine.num_abandoned
+    snapshot = metrics.Snapshot(state.model_names[0], state.metrics, info, stats, num_abandoned)
     return Response(metrics.render(snapshot), media_type=metrics.CONTENT_TYPE)

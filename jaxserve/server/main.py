@@ -7,11 +7,14 @@ Imports no jax.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import signal
 import socket
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 from jaxserve.config import EngineConfig, ServerConfig
 from jaxserve.engine.ipc import ENGINE_COMMAND, IpcClient
@@ -26,6 +29,8 @@ DEAD_GRACE_S = 2.0
 POLL_S = 0.05
 
 logger = logging.getLogger("jaxserve")
+
+T = TypeVar("T")
 
 
 def run(
@@ -119,11 +124,11 @@ class _Life:
         """Loads the model and watches the engine. Raises when it cannot start or dies."""
         # The text side first finds the files: a download must not happen in both processes.
         state = self._state
-        path = await asyncio.to_thread(find_model, self._engine_config)
+        path = await _on_daemon(lambda: find_model(self._engine_config))
         state.engine = await IpcClient.start(
             self._engine_config, report=logger.info, command=self._engine_command
         )
-        loading = asyncio.to_thread(load_text, path, self._engine_config, state.config)
+        loading = _on_daemon(lambda: load_text(path, self._engine_config, state.config))
         state.text, info = await asyncio.gather(loading, state.engine.wait_ready())
         logger.info("ready in %.1f s: %s", info.ready_s, info)
         await state.engine.stopped.wait()
@@ -140,3 +145,33 @@ class _Life:
                     self._state.engine.fail("the server has shut down")
                 return
             await asyncio.sleep(min(POLL_S, left_s))
+
+
+def _on_daemon(work: Callable[[], T]) -> asyncio.Future[T]:
+    """Returns the future of `work`'s result, done on a thread that nothing waits for at the end.
+
+    The end of the loop, and of the process, joins the threads of `asyncio.to_thread`: a signal
+    would have to wait for a download.
+    """
+    loop = asyncio.get_running_loop()
+    future: asyncio.Future[T] = loop.create_future()
+
+    def settle(result: T | None, error: Exception | None) -> None:
+        if future.cancelled():
+            return
+        if error is not None:
+            future.set_exception(error)
+        else:
+            future.set_result(result)  # type: ignore[arg-type]
+
+    def run_and_tell() -> None:
+        result, failure = None, None
+        try:
+            result = work()
+        except Exception as error:
+            failure = error
+        with contextlib.suppress(RuntimeError):  # the loop has closed
+            loop.call_soon_threadsafe(settle, result, failure)
+
+    threading.Thread(target=run_and_tell, name="load", daemon=True).start()
+    return future

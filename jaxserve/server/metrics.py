@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from bisect import bisect_left
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -87,6 +88,8 @@ class ServerMetrics:
             "request_generation_tokens", "Tokens generated for a sample", TOKEN_COUNT_BUCKETS
         )
         self.params_n = Histogram("request_params_n", "n asked for", SAMPLE_COUNT_BUCKETS)
+        # As clients see it: to the engine, a stop string's end is an abort.
+        self.num_finished: Counter[str] = Counter()
 
     def histograms(self) -> Iterator[Histogram]:
         """Returns every histogram."""
@@ -126,6 +129,7 @@ class Snapshot(Collector):
     metrics: ServerMetrics
     info: EngineInfo | None  # None while loading
     stats: EngineStats | None
+    num_abandoned: int  # sequences whose client left
 
     def collect(self) -> Iterable[Metric]:
         """Returns every family under both prefixes."""
@@ -169,8 +173,9 @@ class Snapshot(Collector):
             "Sequences finished",
             labels=["model_name", "finished_reason"],
         )
-        for reason in sorted({"stop", "length", "abort", *stats.num_finished}):
-            finished.add_metric([self.model_name, reason], stats.num_finished.get(reason, 0))
+        num_finished = {**self.metrics.num_finished, "abort": self.num_abandoned}
+        for reason in sorted({"stop", "length", *num_finished}):
+            finished.add_metric([self.model_name, reason], num_finished.get(reason, 0))
         yield finished
         # The engine keeps the total alone, so there are no buckets.
         queued = SummaryMetricFamily(

@@ -47,7 +47,7 @@ def load_text(path: Path, engine: EngineConfig, server: ServerConfig) -> ModelTe
     """Reads the text side of the model at `path`. Raises `ConfigError` or `WeightError`."""
     source = path
     if engine.tokenizer != "auto":
-        source = resolve(engine.tokenizer, revision=engine.revision)
+        source = resolve(engine.tokenizer)  # `revision` is the model's
     tokenizer = Tokenizer.from_files(tokenizer_files(source))
     template_text = server_template(server.chat_template) or tokenizer.chat_template
     template = None

@@ -151,10 +151,12 @@ def encode_chat(
     add_generation_prompt: bool = True,
     continue_final_message: bool = False,
     variables: Mapping[str, Any] | None = None,
+    add_special_tokens: bool = False,
 ) -> ChatPrompt:
     """Returns an OpenAI conversation as the model's prompt.
 
-    Special tokens typed inside a message, a tool or a variable stay plain text.
+    Special tokens typed inside a message, a tool or a variable stay plain text. Templates write
+    BOS themselves; `add_special_tokens` is for those that do not.
     """
     inputs = {
         "messages": template.prepare(messages),
@@ -172,8 +174,10 @@ def encode_chat(
         **guarded["variables"],
     )
     if guarded is inputs:
-        return ChatPrompt(text=text, tokens=tokenizer.encode(text, add_special_tokens=False))
-    return ChatPrompt(text=text.replace(SENTINEL, ""), tokens=tokenizer.encode_rendered(text))
+        tokens = tokenizer.encode(text, add_special_tokens=add_special_tokens)
+        return ChatPrompt(text=text, tokens=tokens)
+    tokens = tokenizer.encode_rendered(text, add_special_tokens=add_special_tokens)
+    return ChatPrompt(text=text.replace(SENTINEL, ""), tokens=tokens)
 
 
 class _Generation(Extension):

@@ -131,13 +131,13 @@ class Tokenizer:
             breaks.append(start)
         return breaks
 
-    def encode_rendered(self, text: str) -> list[int]:
+    def encode_rendered(self, text: str, *, add_special_tokens: bool = False) -> list[int]:
         """Returns the tokens of a rendered chat template whose inputs went through `guard`.
 
         Special tokens that the template wrote are special; those that `guard` broke up are plain
         text. Without any, the tokens are those of the whole string, as in `transformers`.
         """
-        encoding = self._encode(text, add_special_tokens=False)
+        encoding = self._encode(text, add_special_tokens)
         if SENTINEL not in text:
             return encoding.ids
         return [

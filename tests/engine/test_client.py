@@ -72,20 +72,33 @@ def test_an_aborted_request_says_so_and_frees_its_pages(config):
     assert engine.stats().num_pages_free == engine.info.num_pages
 
 
-def test_when_the_engine_dies_every_request_and_the_owner_are_told(config, monkeypatch):
+def test_when_the_engine_dies_every_request_is_told(config, monkeypatch):
     def fail(core):
         raise RuntimeError("device lost")
 
-    updates, deaths = queue.SimpleQueue(), queue.SimpleQueue()
-    engine = EngineThread(config, updates.put, on_death=deaths.put)
+    updates = queue.SimpleQueue()
+    engine = EngineThread(config, updates.put)
     monkeypatch.setattr(EngineCore, "step", fail)
     engine.submit(request("a"))
     (update,) = updates.get(timeout=30)
     assert update.request_id == "a" and "device lost" in update.error
-    assert "device lost" in deaths.get(timeout=30) and deaths.empty()
     with pytest.raises(EngineStopped) as caught:
         engine.submit(request("b"))
     assert isinstance(caught.value.__cause__, RuntimeError)
+    engine.close()
+
+
+def test_when_the_engine_dies_with_nobody_waiting_its_owner_is_told(config, monkeypatch):
+    def fail(core):
+        raise RuntimeError("device lost")
+
+    updates = queue.SimpleQueue()
+    engine = EngineThread(config, updates.put)
+    monkeypatch.setattr(EngineCore, "stats", fail)
+    engine.abort(["nobody"])
+    assert updates.get(timeout=30) == []
+    assert isinstance(engine.error, RuntimeError)
+    monkeypatch.undo()
     engine.close()
 
 

@@ -51,6 +51,15 @@ def test_the_answer_fills_the_context_by_default(http):
     assert chat(http)["usage"]["total_tokens"] == 128
 
 
+def test_special_tokens_typed_by_a_client_stay_text_with_add_special_tokens(http):
+    messages = [{"role": "user", "content": "<|end|>"}]
+    for add in (False, True):
+        reply = chat(
+            http, messages=messages, max_tokens=1, add_special_tokens=add, return_token_ids=True
+        )
+        assert reply["prompt_token_ids"] == list(b"u:<|end|>;a:")
+
+
 def test_text_parts_and_missing_content_are_accepted(http):
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
     messages = [{"role": "system"}, {"role": "user", "content": parts}]

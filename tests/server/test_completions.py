@@ -85,13 +85,23 @@ def test_echo_puts_the_prompt_in_front(http):
 def test_echo_without_new_tokens_scores_the_prompt(http):
     reply = complete(http, prompt="abc", max_tokens=0, echo=True, logprobs=1)
     (choice,) = reply["choices"]
-    assert choice["text"] == "abc"
+    assert (choice["text"], choice["finish_reason"]) == ("abc", "length")
+    assert reply["usage"]["completion_tokens"] == 0
     assert choice["logprobs"] == {
         "tokens": ["a", "b", "c"],
         "text_offset": [0, 1, 2],
         "token_logprobs": [None, -1.0, -1.0],
         "top_logprobs": [None, {"b": -1.0}, {"c": -1.0}],
     }
+
+
+def test_echo_without_new_tokens_hides_the_one_the_engine_makes(http):
+    body = {"prompt": "abc", "max_tokens": 0, "echo": True, "return_token_ids": True, "stop": "a"}
+    assert complete(http, **body)["choices"][0]["token_ids"] == []
+    (event,) = stream(http, **body)
+    (choice,) = event["choices"]
+    assert (choice["text"], choice["token_ids"]) == ("abc", [])
+    assert (choice["finish_reason"], choice["stop_reason"]) == ("length", None)
 
 
 def test_logprobs_hold_the_chosen_token_then_the_likeliest(http):

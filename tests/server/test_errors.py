@@ -83,6 +83,8 @@ def refused(response: httpx2.Response, status: int) -> dict:
         ({"prompt": "a", "cache_salt": ""}, "cache_salt"),
         ({"prompt": "a", "cache_salt": "a/b"}, "cache_salt"),
         ({"prompt": "a", "priority": 2**63}, "priority"),
+        ({"prompt": "a", "priority": 1}, "priority"),
+        ({"prompt": ["a"] * 9, "n": 128}, "n"),
         ({"prompt": "a", "request_id": "a b"}, "request_id"),
         ({"prompt": "a", "suffix": "end"}, "suffix"),
         ({"prompt": "a", "use_beam_search": True}, "use_beam_search"),
@@ -124,6 +126,7 @@ def test_a_bad_completion_names_its_field(http, body, param):
         ({"messages": HI, "continue_final_message": True}, "continue_final_message"),
         ({"messages": HI, "response_format": {"type": "json_schema"}}, "response_format"),
         ({"messages": HI, "echo": True}, "echo"),
+        ({"messages": HI, "priority": -1}, "priority"),
     ],
 )
 def test_a_bad_chat_request_names_its_field(http, body, param):

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import time
 
 import httpx2
 import pytest
@@ -87,6 +88,29 @@ def test_metrics_count_what_was_served_under_both_names(http):
     assert samples["jaxserve:kv_pages_free", None].value == 100
     assert samples["jaxserve:compiles_since_ready_total", None].value == 0
     assert samples["jaxserve:host_gap_seconds_total", None].value == 0
+
+
+def test_the_end_by_a_stop_string_is_counted_as_stop(http):
+    http.post("/v1/completions", json={"prompt": "hello", "max_tokens": 100, "stop": "lo"})
+    lines = http.get("/metrics").text.splitlines()
+    counts = {
+        line.split('finished_reason="')[1].split('"')[0]: float(line.split()[-1])
+        for line in lines
+        if line.startswith("jaxserve:request_success_total{")
+    }
+    assert counts == {"abort": 0, "length": 0, "stop": 1}
+
+
+def test_a_client_that_leaves_is_counted_as_abort(server, http):
+    server.link.engine._step_s = 0.01
+    body = {"prompt": "hello", "max_tokens": 100, "stream": True}
+    with http.stream("POST", "/v1/completions", json=body) as response:
+        next(response.iter_text())
+    deadline_s = time.monotonic() + 5
+    wanted = 'jaxserve:request_success_total{finished_reason="abort",model_name="echo"} 1.0'
+    while wanted not in http.get("/metrics").text:
+        assert time.monotonic() < deadline_s
+        time.sleep(0.01)
 
 
 def test_the_front_does_not_import_jax():

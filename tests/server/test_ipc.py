@@ -8,6 +8,7 @@ import msgspec
 import pytest
 
 from jaxserve.config import EngineConfig
+from jaxserve.engine import wire
 from jaxserve.engine.ipc import IpcClient
 from jaxserve.engine.process import serve_ipc
 from jaxserve.engine.request import Request, SamplingParams, TokenLogprobs, Update
@@ -19,7 +20,7 @@ from jaxserve.engine.wire import (
     pack_request,
     unpack_request,
 )
-from jaxserve.errors import ConfigError, EngineStopped, QueueFull
+from jaxserve.errors import ConfigError, EngineStopped, QueueFull, RequestError
 from tests.fakes import EchoEngine
 from tests.server.serving import EchoLink, echo_command
 
@@ -174,6 +175,39 @@ async def test_a_request_that_fails_alone_leaves_the_engine_running():
         updates = await drain(await client.submit([request("b", tokens=(1, 2), max_tokens=2)]))
         assert updates[-1].finish_reason == "length"
         assert client.error is None
+
+
+async def test_a_frame_that_is_too_large_refuses_its_request_alone(monkeypatch):
+    async with EchoLink().client() as client:
+        monkeypatch.setattr(wire, "MAX_FRAME_BYTES", 2000)
+        with pytest.raises(RequestError, match="the limit is 2000"):
+            await client.submit([request(tokens=(1,) * 3000)])
+        updates = await drain(await client.submit([request("b", max_tokens=2)]))
+        assert updates[-1].finish_reason == "length"
+        assert client.error is None
+
+
+async def test_updates_that_are_too_large_fail_alone(monkeypatch):
+    link = EchoLink(step_s=0.01)
+    async with link.client() as client:
+        monkeypatch.setattr(wire, "MAX_FRAME_BYTES", 1500)
+        small = request("b", max_tokens=2)
+        large = request(tokens=tuple(range(100)), prompt_logprobs=9, max_tokens=None)
+        stream = await client.submit([large, small])
+        last = {update.request_id: update for update in await drain(stream)}
+        assert "the limit is 1500" in last["a"].error
+        assert last["b"].finish_reason == "length"
+        assert link.engine.aborted == ["a"]
+        assert client.error is None
+
+
+async def test_a_fault_while_reading_fails_what_waits(monkeypatch):
+    async with EchoLink(step_s=0.01).client() as client:
+        stream = await client.submit([request(max_tokens=None)])
+        monkeypatch.setattr(client, "_deliver", lambda update: 1 / 0)
+        updates = await asyncio.wait_for(drain(stream), 5)
+        assert updates[-1].error == "reading from the engine failed: division by zero"
+        assert client.stopped.is_set()
 
 
 async def test_a_killed_engine_process_fails_streams_at_once():

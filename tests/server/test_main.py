@@ -127,6 +127,17 @@ def test_a_second_signal_ends_both_processes_at_once(model):
         assert "[DONE]" not in stream.finish()
 
 
+def test_a_signal_does_not_wait_for_a_model_that_is_being_found(model):
+    code = (
+        "import sys, time; from jaxserve.config import EngineConfig, ServerConfig;"
+        "from jaxserve.server import main; main.find_model = lambda config: time.sleep(60);"
+        "sys.exit(main.run(EngineConfig(), ServerConfig(port=0)))"
+    )
+    with running([sys.executable, "-c", code]) as server:
+        server.process.send_signal(signal.SIGTERM)
+        assert server.process.wait(5) == 0
+
+
 def test_the_death_of_the_engine_ends_the_server_with_an_error(model):
     with serve(model, step_s=0.02, max_model_len=10**6) as server:
         server.wait_ready(20)

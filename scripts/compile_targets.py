@@ -1,0 +1,283 @@
+#!/usr/bin/env python
+"""Compiles the step program for devices that are not here, and checks what the compilers made.
+
+    .venv/bin/python scripts/compile_targets.py --target v6e --model llama-3.1-8b
+
+Targets are TPUs (`libtpu`) and the H100 (`jax-cuda13-plugin` and `ptxas`); `scripts/test` installs
+their compilers into the virtual environment. No weights are read and no program runs. A program
+passes if it compiles, updates the whole device state in place, computes nothing in float64, and
+holds no collective and no call to the host. The exit status is 1 if any does not pass.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # no metadata server tells what TPU this is
+# One process has a TPU to itself; any number may compile for one that is not there.
+os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")  # else libtpu complains
+
+import jax
+import numpy as np
+from jax.experimental import topologies
+from jax.sharding import Mesh, SingleDeviceSharding
+
+from jaxserve.config import EngineConfig
+from jaxserve.engine.core import abstract_state
+from jaxserve.engine.runner import Bucket, buckets_for, lower_step
+from jaxserve.engine.settings import Settings, dtypes_for, settings_for
+from jaxserve.engine.step import StepSpec
+from jaxserve.mesh import AXES
+from jaxserve.models.loading import abstract_model
+
+H100_CONFIG = Path(__file__).resolve().parent / "targets" / "h100.txtpb"
+MAX_MODEL_LEN = 8192
+NUM_PAGES = 1024
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """A kind of device, and the smallest topology that its compiler knows."""
+
+    platform: str  # "tpu" or "gpu"
+    topology: str
+
+
+TARGETS = {
+    "v5e": Target(platform="tpu", topology="v5e:2x2"),
+    "v6e": Target(platform="tpu", topology="v6e:2x2"),
+    "v5p": Target(platform="tpu", topology="v5p:2x2x1"),
+    "7x": Target(platform="tpu", topology="tpu7x:2x2x1"),
+    "h100": Target(platform="gpu", topology="1x1x1"),
+}
+
+MODELS: dict[str, dict[str, Any]] = {  # as in their config.json
+    "smollm2-135m": {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": 49152,
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 100000.0,
+        "max_position_embeddings": 8192,
+        "tie_word_embeddings": True,
+    },
+    "llama-3.1-8b": {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": 128256,
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 500000.0,
+        "rope_scaling": {
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+        },
+        "max_position_embeddings": 131072,
+        "tie_word_embeddings": False,
+    },
+}
+
+# Weights alone fill the device: such a model needs a mesh.
+TOO_LARGE = {("v5e", "llama-3.1-8b"): "15 GiB of weights, 16 GB of memory"}
+
+_FORBIDDEN = {
+    "float64": r"\bf64\[",
+    "a collective": r" (all-reduce|all-gather|all-to-all|reduce-scatter|collective-\w+)(-start)?\(",
+    "a call to the host": r" (infeed|outfeed|send|recv)\(|_callback|HostExecute",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Program:
+    """One compiled step, and what the compiler says of it."""
+
+    bucket: Bucket
+    seconds: float  # to lower and compile
+    temp_bytes: int
+    alias_bytes: int  # of arguments that results overwrite
+    argument_bytes: int
+    peak_bytes: int
+    state_bytes: int  # of DeviceState
+    num_state_copies: int  # of whole KV arrays
+    faults: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """A model on a target."""
+
+    target: str
+    model: str
+    num_layers: int | None = None  # None: all
+
+
+def topology_of(target: str) -> Any:
+    """Returns the compile-only devices of a target."""
+    described = TARGETS[target]
+    if described.platform == "tpu":
+        return topologies.get_topology_desc(described.topology, platform="tpu")
+    return topologies.get_topology_desc(
+        target,
+        "cuda",
+        target_config=H100_CONFIG.read_text(),
+        topology=described.topology,
+    )
+
+
+def named_buckets(settings: Settings) -> dict[str, Bucket]:
+    """Returns the largest bucket of one-token steps and the largest of all."""
+    limits = settings.limits
+    buckets = buckets_for(limits.max_step_tokens, limits.num_slots, settings.min_rows)
+    decode = max(bucket for bucket in buckets if bucket[0] == bucket[1])
+    return {"decode": decode, "mixed": max(buckets)}
+
+
+def compile_case(case: Case, bucket_name: str) -> Program:
+    """Compiles the step of a model for one device of a target, and inspects it."""
+    device = topology_of(case.target).devices[0]
+    platform = TARGETS[case.target].platform
+    hf_config = dict(MODELS[case.model])
+    hf_config["num_hidden_layers"] = case.num_layers or hf_config["num_hidden_layers"]
+    config = EngineConfig(model=case.model, max_model_len=MAX_MODEL_LEN)
+    mesh = Mesh(np.array([device]).reshape(1, 1), AXES)
+    # Kernels take the hardware's facts from the mesh: without it, from the CPU.
+    with jax.set_mesh(mesh):
+        dtypes = dtypes_for(config, platform)
+        model = abstract_model(
+            hf_config, mesh, dtype=dtypes.weights, activation_dtype=dtypes.activations
+        )
+        settings = settings_for(config, model, dtypes, platform)
+        state = abstract_state(settings, NUM_PAGES, SingleDeviceSharding(device))
+        spec = StepSpec(
+            limits=settings.limits,
+            max_logprobs=config.max_logprobs,
+            attention=settings.attention,
+        )
+        bucket = named_buckets(settings)[bucket_name]
+        started_s = time.monotonic()
+        options: dict[str, str | bool] = {}
+        if platform == "gpu":
+            options["xla_gpu_autotune_level"] = "0"  # no device to time the candidates
+        compiled = lower_step(model, spec, state, bucket).compile(compiler_options=options)
+        seconds = time.monotonic() - started_s
+    return inspect(compiled, state, bucket, seconds)
+
+
+def inspect(compiled: jax.stages.Compiled, state: Any, bucket: Bucket, seconds: float) -> Program:
+    """Returns the sizes of a compiled step, and its faults."""
+    sizes: Any = compiled.memory_analysis()
+    text = compiled.as_text() or ""
+    state_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+    faults = [f"it has {what}" for what, pattern in _FORBIDDEN.items() if re.search(pattern, text)]
+    if sizes.alias_size_in_bytes < state_bytes:
+        faults.append(f"{sizes.alias_size_in_bytes} of {state_bytes} state bytes are in place")
+    return Program(
+        bucket=bucket,
+        seconds=seconds,
+        temp_bytes=sizes.temp_size_in_bytes,
+        alias_bytes=sizes.alias_size_in_bytes,
+        argument_bytes=sizes.argument_size_in_bytes,
+        peak_bytes=sizes.peak_memory_in_bytes,
+        state_bytes=state_bytes,
+        num_state_copies=_count_copies(text, state),
+        faults=tuple(faults),
+    )
+
+
+def _count_copies(text: str, state: Any) -> int:
+    """Counts copies of an array of the cache's shape: what a step that works in place lacks."""
+    shapes = {tuple(leaf.shape) for leaf in jax.tree.leaves(state.cache)}
+    copies = re.findall(r"= u?[a-z]+\d+\[([\d,]+)\]\S* copy\(", text)
+    return sum(tuple(map(int, copy.split(","))) in shapes for copy in copies)
+
+
+def use_compilers() -> None:
+    """Puts the compilers that `scripts/test` installed on the paths, where they are not yet."""
+    folder = Path(sys.prefix) / "compilers"
+    if folder.is_dir() and str(folder) not in sys.path:
+        sys.path.append(str(folder))
+    if shutil.which("ptxas") is None:
+        os.environ["PATH"] = f"{folder / 'nvidia' / 'cu13' / 'bin'}{os.pathsep}{os.environ['PATH']}"
+
+
+def rows_of(cases: list[Case]) -> Iterator[tuple[str, bool]]:
+    """Compiles everything. Yields each line of the table, and whether it is as it should be."""
+    for case in cases:
+        for bucket in ("decode", "mixed"):
+            start = f"{case.target:6} {case.model:13} {bucket:7}"
+            reason = TOO_LARGE.get((case.target, case.model))
+            if reason and case.num_layers is None:
+                yield f"{start} left out: {reason}", True
+                continue
+            try:
+                program = compile_case(case, bucket)
+            except Exception as error:  # a compiler may refuse in any way: the table says how
+                yield f"{start} {type(error).__name__}: {str(error).splitlines()[0][:200]}", False
+                continue
+            yield f"{start} {_line(program)}", not program.faults
+
+
+def _line(program: Program) -> str:
+    sizes = (
+        program.temp_bytes,
+        program.alias_bytes,
+        program.argument_bytes,
+        program.peak_bytes,
+    )
+    numbers = " ".join(f"{size / 2**20:9.1f}" for size in sizes)
+    verdict = "; ".join(program.faults) or "compiled"
+    return f"{program.seconds:7.1f} {numbers} {program.num_state_copies:6}  {verdict}"
+
+
+def main() -> int:
+    """Prints the table. Returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--target", choices=TARGETS, action="append", help="repeat for several")
+    parser.add_argument("--model", choices=MODELS, action="append", help="repeat for several")
+    parser.add_argument("--layers", type=int, help="cut the models to this many layers")
+    options = parser.parse_args()
+    use_compilers()
+    jax.config.update("jax_numpy_dtype_promotion", "strict")
+    jax.config.update("jax_numpy_rank_promotion", "raise")
+    cases = [
+        Case(target=target, model=model, num_layers=options.layers)
+        for target in options.target or TARGETS
+        for model in options.model or MODELS
+    ]
+    print(
+        f"{'target':6} {'model':13} {'bucket':7} {'seconds':>7} {'temp MiB':>9} {'alias MiB':>9} "
+        f"{'args MiB':>9} {'peak MiB':>9} {'copies':>6}  verdict"
+    )
+    all_good = True
+    for line, is_good in rows_of(cases):
+        print(line, flush=True)
+        all_good &= is_good
+    return 0 if all_good else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
