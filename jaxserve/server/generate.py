@@ -198,7 +198,7 @@ def check_length(text: str, tokenizer: Tokenizer, limit: int, param: str) -> Non
     if len(text) <= PROBE_CHARS * limit:
         return
     count = 0
-    num_chars = min(PROBE_CHARS * limit, MAX_PROBE_CHARS)
+    num_chars = min(PROBE_CHARS * limit, PROBE_PIECE_CHARS)
     for start in range(0, len(text), num_chars):
         piece = text[start : start + num_chars]
         # A cut may make a few tokens more than the whole text has there.
