@@ -275,6 +275,9 @@ def _make_runner(
         store.prune()
     runner = Runner(spec=spec, params=loaded.params, state=_initial_state(loaded, num_pages))
     buckets = _buckets(loaded.settings)
+    report(
+        f"compiling {len(buckets)} programs (a first start takes a minute or more, later seconds)"
+    )
     advance = progress(report, "compiling")
     for bucket, program in compile_programs(loaded.model, spec, state, buckets, store):
         runner.hold(bucket, program)
@@ -327,7 +330,10 @@ def _use_compile_cache(path: Path | None) -> Path | None:
 
 
 def progress(report: Report, verb: str) -> Callable[[int, int], None]:
-    """Returns a callback for (done, all) that reports about every second and at the end."""
+    """Returns a callback for (done, all) that reports about every second and at the end.
+
+    The first few say nothing of the time left: they are done side by side and end together.
+    """
     started_s = last_s = time.monotonic()
 
     def advance(done: int, total: int) -> None:
@@ -338,7 +344,7 @@ def progress(report: Report, verb: str) -> Callable[[int, int], None]:
         last_s = now_s
         elapsed_s = now_s - started_s
         left_s = elapsed_s / done * (total - done)
-        rest = f", about {left_s:.0f} s left" if done < total else ""
+        rest = f", about {left_s:.0f} s left" if total // 4 < done < total else ""
         bar = "#" * (20 * done // total)
         report(f"{verb} [{bar:<20}] {done}/{total} in {elapsed_s:.1f} s{rest}")
 

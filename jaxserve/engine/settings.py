@@ -179,7 +179,8 @@ def _has_bfloat16_instructions() -> bool:
 
 def device_line(device: jax.Device) -> str:
     """Returns a device in words, for logs."""
-    return f"{device.platform} ({device.device_kind})"
+    kind = device.device_kind
+    return kind if kind == device.platform else f"{device.platform} ({kind})"
 
 
 def eos_tokens_of(hf_config: dict[str, Any], generation_config: dict[str, Any]) -> tuple[int, ...]:

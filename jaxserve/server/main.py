@@ -112,7 +112,8 @@ class _Life:
             await alive
         except JaxserveError as error:
             logger.error("%s", error)
-            await asyncio.sleep(DEAD_GRACE_S)
+            if self._state.text is not None:  # clients have yet to read why
+                await asyncio.sleep(DEAD_GRACE_S)
         except Exception:
             logger.exception("the server cannot go on")
         finally:
@@ -129,8 +130,8 @@ class _Life:
             self._engine_config, report=logger.info, command=self._engine_command
         )
         loading = _on_daemon(lambda: load_text(path, self._engine_config, state.config))
-        state.text, info = await asyncio.gather(loading, state.engine.wait_ready())
-        logger.info("ready in %.1f s: %s", info.ready_s, info)
+        state.text, _ = await asyncio.gather(loading, state.engine.wait_ready())
+        logger.info("serving %s", ", ".join(state.model_names))
         await state.engine.stopped.wait()
         state.check_alive()
 

@@ -90,6 +90,7 @@ def test_a_byte_level_twin_gives_the_ids_of_its_folder(tmp_path):
     assert files.chat_template == expected.chat_template == CHAT_TEMPLATE
 
 
+@pytest.mark.slow  # transformers' conversion needs torch
 def test_a_sentencepiece_tokenizer_gives_the_ids_of_transformers_conversion(spm):
     oracle = transformers.AutoTokenizer.from_pretrained(spm.parent, gguf_file=spm.name)
     ours = converted(spm)
