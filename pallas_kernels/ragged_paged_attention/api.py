@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import Any, Literal, Protocol, TypeAlias
 
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.ragged_paged_attention.reference import (
-    ragged_paged_attention_reference,
-    stored_dtype,
-)
+from pallas_kernels.ragged_paged_attention import reference
 
 Backend: TypeAlias = Literal["reference"]
 
@@ -30,18 +27,35 @@ class KVLayout:
     dtype: jnp.dtype
 
     def shapes(self, num_pages: int) -> tuple[jax.ShapeDtypeStruct, ...]:
-        """Returns one layer's keys and values, `[pages, page_size, kv_heads * head_dim]` each.
-
-        Heads lie side by side in a row, so that a sequence's rows are one matrix operand as they
-        are; splitting them would cost a transposed copy on every read.
-        """
-        shape = (num_pages, self.page_size, self.kv_heads * self.head_dim)
-        pages = jax.ShapeDtypeStruct(shape, stored_dtype(self.dtype))
-        return (pages, pages)
+        """Returns the arrays that hold one layer's keys and values, as the backend orders them."""
+        return _module(self.backend).page_shapes(
+            num_pages,
+            page_size=self.page_size,
+            kv_heads=self.kv_heads,
+            head_dim=self.head_dim,
+            dtype=self.dtype,
+        )
 
     def page_bytes(self) -> int:
         """Returns the bytes one page takes in one layer."""
         return sum(leaf.size * leaf.dtype.itemsize for leaf in self.shapes(1))
+
+
+class _Module(Protocol):
+    """What the file of a backend offers."""
+
+    def page_shapes(
+        self, num_pages: int, *, page_size: int, kv_heads: int, head_dim: int, dtype: jnp.dtype
+    ) -> tuple[jax.ShapeDtypeStruct, ...]:
+        """Returns the arrays of one layer's pages; ValueError for what the kernel cannot store."""
+
+    def attend(self, *arrays: Any, **options: Any) -> tuple[jax.Array, LayerCache]:
+        """Writes and attends, as `ragged_paged_attention` says; its arguments but `backend`."""
+
+
+def _module(backend: Backend) -> _Module:
+    assert backend == "reference", backend
+    return reference
 
 
 def layout_for(
@@ -79,8 +93,7 @@ def ragged_paged_attention(
     (https://arxiv.org/abs/2604.15464).
     """
     _check(q, k, v, kv_lens, page_table, cu_q_lens, counts, sliding_window)
-    assert backend == "reference", backend
-    return ragged_paged_attention_reference(
+    return _module(backend).attend(
         q,
         k,
         v,

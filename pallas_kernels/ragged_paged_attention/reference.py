@@ -26,6 +26,19 @@ def stored_dtype(dtype: jnp.dtype) -> jnp.dtype:
     return jnp.dtype(jnp.uint16) if dtype == jnp.bfloat16 else jnp.dtype(dtype)
 
 
+def page_shapes(
+    num_pages: int, *, page_size: int, kv_heads: int, head_dim: int, dtype: jnp.dtype
+) -> tuple[jax.ShapeDtypeStruct, ...]:
+    """Returns one layer's keys and values, `[pages, page_size, kv_heads * head_dim]` each.
+
+    Heads lie side by side in a row, so that a sequence's rows are one matrix operand as they are;
+    splitting them would cost a transposed copy on every read.
+    """
+    shape = (num_pages, page_size, kv_heads * head_dim)
+    pages = jax.ShapeDtypeStruct(shape, stored_dtype(dtype))
+    return (pages, pages)
+
+
 def value_dtype(stored: jnp.dtype) -> jnp.dtype:
     """Returns the type that the bits in pages of type `stored` mean."""
     return jnp.dtype(jnp.bfloat16) if stored == jnp.uint16 else jnp.dtype(stored)
@@ -47,7 +60,7 @@ class _Rules(NamedTuple):
     sinks: jax.Array  # [heads] f32
 
 
-def ragged_paged_attention_reference(
+def attend(
     q: jax.Array,  # [tokens, heads, head_dim]
     k: jax.Array,  # [tokens, kv_heads, head_dim]
     v: jax.Array,  # [tokens, kv_heads, head_dim]

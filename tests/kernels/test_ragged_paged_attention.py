@@ -6,84 +6,48 @@ import numpy as np
 import pytest
 
 from pallas_kernels.ragged_paged_attention import layout_for, ragged_paged_attention
+from tests.kernels.ragged_batches import ragged_batch
 
 PAGE_SIZE = 16
 
 
-def dense_attention(q, k, v, *, scale, sliding_window, soft_cap, sinks):
-    """Attends in float64: q [q_len, heads, d] at the end of k, v [kv_len, kv_heads, d]."""
-    group = q.shape[1] // k.shape[1]
-    k, v = np.repeat(k, group, axis=1), np.repeat(v, group, axis=1)
-    logits = np.einsum("qhd,chd->hqc", q, k).astype(np.float64) * scale
-    if soft_cap is not None:
-        logits = soft_cap * np.tanh(logits / soft_cap)
-    query = np.arange(len(k) - len(q), len(k))[:, None]
-    key = np.arange(len(k))[None, :]
-    seen = key <= query
-    if sliding_window is not None:
-        seen &= key > query - sliding_window
-    logits = np.where(seen, logits, -np.inf)
-    if sinks is not None:
-        column = np.broadcast_to(sinks[:, None, None], (*logits.shape[:2], 1))
-        logits = np.concatenate([logits, column], axis=2)
-    weight = np.exp(logits - logits.max(-1, keepdims=True))
-    weight /= weight.sum(-1, keepdims=True)
-    return np.einsum("hqc,chd->qhd", weight[:, :, : len(k)], v)
-
-
-def run_case(
-    lens, *, tokens, sequences, heads=4, kv_heads=2, head_dim=16, dtype=jnp.float32, junk=np.nan,
-    scales=None, **options,
-):  # fmt: skip
-    """Returns (actual, expected) over real rows; `lens` is [(q_len, kv_len)], ones first."""
-    random = np.random.default_rng(0)
-    pages_per_sequence = 40
-    num_pages = 1 + sum(-(-kv_len // PAGE_SIZE) for _, kv_len in lens)
-    order = list(random.permutation(num_pages))
-    layout = layout_for(
-        "reference", page_size=PAGE_SIZE, kv_heads=kv_heads, head_dim=head_dim, dtype=dtype
+def run_case(lens, *, scales=None, sinks=None, **options):
+    """Returns (actual, expected) over real rows; `options` are of the batch and of attention."""
+    attention = {name: options.pop(name) for name in STATIC_OPTIONS if name in options}
+    dtype = options.get("dtype", jnp.float32)
+    batch = ragged_batch(lens, page_size=PAGE_SIZE, **options)
+    cache = tuple(
+        jnp.asarray(side.reshape(*side.shape[:2], -1), dtype) for side in (batch.keys, batch.values)
     )
-    shape = layout.shapes(num_pages)[0].shape
-    pages = [np.full(shape, junk, np.float32) for _ in range(2)]
-    page_table = np.full((sequences, pages_per_sequence), num_pages - 1, np.int32)
-    kv_lens = np.zeros(sequences, np.int32)
-    cu_q_lens = np.zeros(sequences + 1, np.int32)
-    q = random.standard_normal((tokens, heads, head_dim)).astype(np.float32)
-    new = [np.zeros((tokens, kv_heads, head_dim), np.float32) for _ in range(2)]
-    rounded = lambda x: np.asarray(jnp.asarray(x, dtype).astype(jnp.float32))  # noqa: E731
-    expected, row = [], 0
-    for index, (q_len, kv_len) in enumerate(lens):
-        full = [random.standard_normal((kv_len, kv_heads, head_dim)) for _ in range(2)]
-        count = -(-kv_len // PAGE_SIZE)
-        page_table[index, :count] = [order.pop() for _ in range(count)]
-        for position in range(kv_len - q_len):
-            page = page_table[index, position // PAGE_SIZE]
-            for side in range(2):
-                pages[side][page, position % PAGE_SIZE] = full[side][position].reshape(-1)
-        for side in range(2):
-            new[side][row : row + q_len] = full[side][kv_len - q_len :]
-        kv_lens[index] = kv_len
-        cu_q_lens[index + 1] = row + q_len
-        k, v = rounded(full[0].astype(np.float32)), rounded(full[1].astype(np.float32))
-        arguments = {"sliding_window": None, "soft_cap": None, "sinks": None, **options}
-        query = q[row : row + q_len]
-        expected.append(dense_attention(query, k, v, scale=0.25, **arguments))
-        row += q_len
-    cu_q_lens[len(lens) + 1 :] = row
-    counts = np.array([sum(q_len == 1 for q_len, _ in lens), len(lens)], np.int32)
-    cache = tuple(jnp.asarray(side, dtype) for side in pages)
     if dtype == jnp.bfloat16:
         cache = tuple(jax.lax.bitcast_convert_type(side, jnp.uint16) for side in cache)
-    if options.get("sinks") is not None:
-        options["sinks"] = jnp.asarray(options["sinks"], jnp.float32)
-    out, _ = jax.jit(ragged_paged_attention, static_argnames=STATIC)(
-        q, *new, cache, kv_lens, page_table, cu_q_lens, counts,
-        backend="reference", scale=0.25, **options, **(scales or {}),
+    layout = layout_for(
+        "reference", page_size=PAGE_SIZE, kv_heads=batch.k.shape[1], head_dim=batch.k.shape[2],
+        dtype=jnp.dtype(dtype),
     )  # fmt: skip
-    return np.asarray(out)[:row], np.concatenate(expected)
+    shapes = layout.shapes(len(batch.keys))
+    assert [(side.shape, side.dtype) for side in cache] == [(s.shape, s.dtype) for s in shapes]
+    out, cache = jax.jit(ragged_paged_attention, static_argnames=STATIC)(
+        batch.q, batch.k, batch.v, cache, *batch.tables(), backend="reference", scale=0.25,
+        sinks=None if sinks is None else jnp.asarray(sinks, jnp.float32),
+        **attention, **(scales or {}),
+    )  # fmt: skip
+    if scales is None:
+        check_cache(cache, batch, dtype)
+    return np.asarray(out)[: batch.num_rows], batch.expected(scale=0.25, sinks=sinks, **attention)
 
 
-STATIC = ("backend", "scale", "sliding_window", "soft_cap")
+def check_cache(cache, batch, dtype):
+    """Asserts that the step's rows were written where they belong, and nothing else was."""
+    for side, expected in zip(cache, batch.cache_after(), strict=True):
+        if dtype == jnp.bfloat16:
+            side = jax.lax.bitcast_convert_type(side, jnp.bfloat16)
+        actual = np.asarray(side).astype(np.float32).reshape(expected.shape)
+        np.testing.assert_array_equal(actual, expected)
+
+
+STATIC_OPTIONS = ("sliding_window", "soft_cap")
+STATIC = ("backend", "scale", *STATIC_OPTIONS)
 MIXED = [(1, 1), (1, 16), (1, 17), (1, 300), (2, 2), (16, 16), (17, 33), (130, 400), (5, 290)]
 
 
