@@ -200,13 +200,15 @@ def _load(config: EngineConfig, report: Report) -> _Loaded:
     mesh = mesh_for(config.mesh)
     device = mesh.devices.flat[0]
     dtypes = dtypes_for(config, device.platform)
-    with open_checkpoint(resolve(config.model, revision=config.revision)) as checkpoint:
+    is_dummy = config.load_format == "dummy"
+    path = resolve(config.model, revision=config.revision)
+    with open_checkpoint(path, has_weights=not is_dummy) as checkpoint:
         model = abstract_model(
             checkpoint.config, mesh, dtype=dtypes.weights, activation_dtype=dtypes.activations
         )
         settings = settings_for(config, model, dtypes, device.platform)
         report(f"loading {config.model}: {model.num_params / 1e6:.0f}M parameters")
-        if config.load_format == "dummy":
+        if is_dummy:
             params = dummy_params(model, config.seed)
         else:
             params = load_params(model, checkpoint, progress(report, "loading"))
