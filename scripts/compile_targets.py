@@ -134,12 +134,12 @@ def compile_case(case: Case, bucket_name: str) -> Program:
         model = abstract_model(
             hf_config, mesh, dtype=dtypes.weights, activation_dtype=dtypes.activations
         )
-        settings = settings_for(config, model, dtypes, platform)
+        settings = settings_for(config, model, dtypes, device)
         state = abstract_state(settings, NUM_PAGES, SingleDeviceSharding(device))
         spec = StepSpec(
             limits=settings.limits,
             max_logprobs=config.max_logprobs,
-            attention=settings.attention,
+            attention=settings.attention.backend,
         )
         bucket = named_buckets(settings)[bucket_name]
         started_s = time.monotonic()
