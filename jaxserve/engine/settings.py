@@ -19,6 +19,8 @@ from pallas_kernels.ragged_paged_attention import KVLayout
 
 _CPU_KV_BYTES = 2 * 2**30
 
+_KV_DTYPES = {"fp8": "float8_e4m3fn", "fp8_e4m3": "float8_e4m3fn", "fp8_e5m2": "float8_e5m2"}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Dtypes:
@@ -77,7 +79,9 @@ def dtypes_for(config: EngineConfig, platform: str) -> Dtypes:
     activations = "float32" if platform == "cpu" else weights
     kv_cache = weights if config.kv_cache_dtype == "auto" else config.kv_cache_dtype
     return Dtypes(
-        weights=jnp.dtype(weights), activations=jnp.dtype(activations), kv_cache=jnp.dtype(kv_cache)
+        weights=jnp.dtype(weights),
+        activations=jnp.dtype(activations),
+        kv_cache=jnp.dtype(_KV_DTYPES.get(kv_cache, kv_cache)),
     )
 
 

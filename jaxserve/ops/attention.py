@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 
-from jaxserve.batch import Batch
+from jaxserve.batch import Batch, ScaledCache
 from jaxserve.errors import ConfigError
 from pallas_kernels.ragged_paged_attention import (
     KERNELS,
     Backend,
     KVLayout,
-    LayerCache,
     layout_for,
     ragged_paged_attention,
     refusal,
@@ -25,19 +25,23 @@ def attend(
     q: jax.Array,  # [tokens, heads, head_dim]
     k: jax.Array,  # [tokens, kv_heads, head_dim]
     v: jax.Array,  # [tokens, kv_heads, head_dim]
-    cache: LayerCache,
+    cache: Any,  # LayerCache or ScaledCache; comes back as it came
     batch: Batch,
     *,
     scale: float,
     sliding_window: int | None = None,  # keys seen, the token's own included
-) -> tuple[jax.Array, LayerCache]:
+) -> tuple[jax.Array, Any]:
     """Writes keys and values to their pages and attends. Returns `[tokens, heads, head_dim]`."""
+    if isinstance(cache, ScaledCache):
+        pages, k_scale, v_scale = cache.pages, cache.k_scale, cache.v_scale
+    else:
+        pages, k_scale, v_scale = cache, None, None
     with jax.named_scope("attention"):
-        out, cache = ragged_paged_attention(
+        out, pages = ragged_paged_attention(
             q,
             k,
             v,
-            cache,
+            pages,
             batch.kv_lens,
             batch.page_table,
             batch.cu_q_lens,
@@ -45,8 +49,13 @@ def attend(
             backend=batch.attention,
             scale=scale,
             sliding_window=sliding_window,
+            k_scale=k_scale,
+            v_scale=v_scale,
         )
-        return out.astype(q.dtype), cache
+    out = out.astype(q.dtype)
+    if isinstance(cache, ScaledCache):
+        return out, dataclasses.replace(cache, pages=pages)
+    return out, pages
 
 
 @dataclass(frozen=True, kw_only=True)
