@@ -17,6 +17,8 @@ def attend(
     *,
     scale: float,
     sliding_window: int | None = None,  # keys seen, the token's own included
+    soft_cap: float | None = None,  # logits become soft_cap * tanh(logits / soft_cap)
+    sinks: jax.Array | None = None,  # [heads] f32, a logit that takes mass and gives no value
 ) -> tuple[jax.Array, LayerCache]:
     """Writes keys and values to their pages and attends. Returns `[tokens, heads, head_dim]`."""
     with jax.named_scope("attention"):
@@ -32,6 +34,8 @@ def attend(
             backend=batch.attention,
             scale=scale,
             sliding_window=sliding_window,
+            soft_cap=soft_cap,
+            sinks=sinks,
         )
         return out.astype(q.dtype), cache
 
