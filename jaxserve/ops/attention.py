@@ -30,6 +30,8 @@ def attend(
     *,
     scale: float,
     sliding_window: int | None = None,  # keys seen, the token's own included
+    soft_cap: float | None = None,  # logits become soft_cap * tanh(logits / soft_cap)
+    sinks: jax.Array | None = None,  # [heads] f32, a logit that takes mass and gives no value
 ) -> tuple[jax.Array, Any]:
     """Writes keys and values to their pages and attends. Returns `[tokens, heads, head_dim]`."""
     if isinstance(cache, ScaledCache):
@@ -49,6 +51,8 @@ def attend(
             backend=batch.attention,
             scale=scale,
             sliding_window=sliding_window,
+            soft_cap=soft_cap,
+            sinks=sinks,
             k_scale=k_scale,
             v_scale=v_scale,
         )
