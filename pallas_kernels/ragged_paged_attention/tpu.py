@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import targets
-from pallas_kernels.ragged_paged_attention import tpu_decode
+from pallas_kernels.ragged_paged_attention import tpu_decode, tpu_tiles, tpu_write
 from pallas_kernels.ragged_paged_attention.tpu_pages import LOG2_E, MASKED, Pages, Rules
 
 
@@ -62,10 +62,22 @@ def attend(
     new = stored_rows(k, v, k_scale, v_scale, pages)
     q = jnp.pad(q, ((0, 0), (0, 0), (0, pages.lanes - head_dim))).astype(pages.compute_dtype)
     q = q.reshape(tokens, kv_heads, group, pages.lanes)
+    common = {"pages": pages, "rules": rules, "vmem_bytes": targets.TPU.vmem_bytes, "interpret": interpret}
     out, stored = tpu_decode.attend_one(
         q[:sequences], new[:sequences], stored, kv_lens, page_table, counts[0], factors, sinks,
-        pages=pages, rules=rules, rows=8, vmem_bytes=targets.TPU.vmem_bytes, interpret=interpret,
+        rows=8, **common,
     )  # fmt: skip
+    if sequences < tokens:  # else every sequence has one token
+        tables = (kv_lens, page_table, cu_q_lens, counts)
+        stored = tpu_write.write_pages(
+            new, stored, *tables, pages=pages, heads=kv_heads,
+            vmem_bytes=targets.TPU.vmem_bytes, interpret=interpret,
+        )
+        tiles = tpu_tiles.attend_tiles(q, stored, *tables, factors, sinks, block_q=64, **common)
+        row = jnp.arange(tokens, dtype=jnp.int32)[:, None, None, None]
+        out = jnp.pad(out, ((0, tokens - sequences), (0, 0), (0, 0), (0, 0)))
+        tiles = jnp.where(row < cu_q_lens[counts[1]], tiles, jnp.zeros((), tiles.dtype))
+        out = jnp.where(row < counts[0], out, tiles)
     out = out.reshape(tokens, heads, pages.lanes)
     return out[..., pages.values_at : pages.values_at + head_dim], (stored,)
 
