@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
+import dataclasses, os
 from typing import Any
 
 import jax
@@ -48,7 +48,7 @@ def attend(
     pages = Pages(
         kv_heads=kv_heads, head_dim=head_dim, page_size=stored.shape[3], dtype=stored.dtype
     )
-    pages = dataclasses.replace(pages, per_block=8)
+    pages = dataclasses.replace(pages, per_block=int(os.environ.get('PB','8')))
     group = heads // kv_heads
     factor = jnp.float32(scale * LOG2_E if soft_cap is None else scale / soft_cap)
     factors = jnp.stack([
@@ -57,7 +57,7 @@ def attend(
     ])  # fmt: skip
     if sinks is None:
         sinks = jnp.full((heads,), MASKED, jnp.float32)
-    sinks = (sinks * LOG2_E).reshape(kv_heads, group, 1)
+    sinks = jnp.broadcast_to((sinks * LOG2_E).reshape(kv_heads, group, 1), (kv_heads, group, 128))
     rules = Rules(sliding_window=sliding_window, soft_cap=soft_cap)
     new = stored_rows(k, v, k_scale, v_scale, pages)
     q = jnp.pad(q, ((0, 0), (0, 0), (0, pages.lanes - head_dim))).astype(pages.compute_dtype)
@@ -73,7 +73,7 @@ def attend(
             new, stored, *tables, pages=pages, heads=kv_heads,
             vmem_bytes=targets.TPU.vmem_bytes, interpret=interpret,
         )
-        tiles = tpu_tiles.attend_tiles(q, stored, *tables, factors, sinks, block_q=64, **common)
+        tiles = tpu_tiles.attend_tiles(q, stored, *tables, factors, sinks, block_q=int(os.environ.get('BQ','64')), **common)
         row = jnp.arange(tokens, dtype=jnp.int32)[:, None, None, None]
         out = jnp.pad(out, ((0, tokens - sequences), (0, 0), (0, 0), (0, 0)))
         tiles = jnp.where(row < cu_q_lens[counts[1]], tiles, jnp.zeros((), tiles.dtype))

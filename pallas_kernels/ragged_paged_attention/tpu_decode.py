@@ -16,14 +16,14 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.ragged_paged_attention.tpu_pages import (
-    MASKED,
     Pages,
     Rules,
-    Softmax,
     clear_unseen,
+    finish,
     select,
     span_of,
     start_fetch,
+    start_softmax,
     visit,
     wait_fetch,
 )
@@ -36,7 +36,7 @@ def _kernel(
     # inputs
     table_ref,  # [rows + 1, pages_per_sequence] i32 in SMEM; the last row is the next step's first
     factors_ref,  # [2] f32 in SMEM
-    sinks_ref,  # [kv_heads, group, 1] f32
+    sinks_ref,  # [kv_heads, group, 128] f32
     q_ref,  # [rows, kv_heads, group, lanes]
     new_ref,  # [rows, kv_heads, sides, lanes]
     _,  # the cache, aliased to the output
@@ -146,12 +146,7 @@ def _kernel(
 
     def visit_sequence(row, slot):
         start, stop = context_of(row)
-        sinks = sinks_ref[...]
-        state = Softmax(
-            peak=sinks,
-            total=jnp.where(sinks > MASKED, 1.0, 0.0),
-            value=jnp.zeros((*sinks.shape[:2], pages.lanes), jnp.float32),
-        )
+        state = start_softmax(sinks_ref[...], pages.lanes)
 
         def body(block, carry):
             slot, state = carry
@@ -159,8 +154,7 @@ def _kernel(
 
         end = lax.div(stop - 1, pages.block_kv) + 1
         slot, state = lax.fori_loop(lax.div(start, pages.block_kv), end, body, (slot, state))
-        share = factors_ref[1] / jnp.maximum(state.total, 1e-30)
-        out_ref[row] = (state.value * share).astype(out_ref.dtype)
+        out_ref[row] = finish(state, factors_ref[1]).astype(out_ref.dtype)
         return slot
 
     slot_ref[0] = lax.fori_loop(0, num_rows, visit_sequence, slot_ref[0])
@@ -182,7 +176,7 @@ def attend_one(
     page_table: jax.Array,  # [sequences, pages_per_sequence] i32
     num_one: jax.Array,  # [] i32
     factors: jax.Array,  # [2] f32
-    sinks: jax.Array,  # [kv_heads, group, 1] f32, times LOG2_E
+    sinks: jax.Array,  # [kv_heads, group, 128] f32, times LOG2_E
     *,
     pages: Pages,
     rules: Rules,

@@ -97,8 +97,8 @@ class Factors(NamedTuple):
 class Softmax(NamedTuple):
     """The running state of a softmax over blocks of keys (https://arxiv.org/abs/1805.02867)."""
 
-    peak: jax.Array  # [..., rows, 1] f32, largest logit so far, times LOG2_E
-    total: jax.Array  # [..., rows, 1] f32, sum of exp(logit - peak)
+    peak: jax.Array  # [..., rows, 128] f32, largest logit so far, times LOG2_E; lanes alike
+    total: jax.Array  # [..., rows, 128] f32, sum of exp(logit - peak) over the keys of that lane
     value: jax.Array  # [..., rows, lanes] f32, the same sum weighted by values
 
 
@@ -133,12 +133,20 @@ def start_fetch(
 ) -> None:
     """Starts a copy of each page of the span."""
 
-    def start(page: jax.Array, _: None) -> None:
-        pltpu.make_async_copy(
-            cache_ref.at[page_of(page)], block_ref.at[page], semaphore
-        ).start()
+    def start(page: Any, _: None) -> None:
+        pltpu.make_async_copy(cache_ref.at[page_of(page)], block_ref.at[page], semaphore).start()
 
-    lax.fori_loop(span.first, span.end, start, None)
+    per_block = block_ref.shape[0]
+    is_whole = span.end - span.first == per_block
+
+    @pl.when(is_whole)  # the scalar unit, which issues the copies, overlaps them without a loop
+    def _() -> None:
+        for page in range(per_block):
+            start(page, None)
+
+    @pl.when(jnp.logical_not(is_whole))
+    def _() -> None:
+        lax.fori_loop(span.first, span.end, start, None)
 
 
 def wait_fetch(cache_ref: Any, block_ref: Any, semaphore: Any, span: Span) -> None:
@@ -185,6 +193,16 @@ def select(chosen: jax.Array, yes: jax.Array, no: jax.Array | None) -> jax.Array
     return jnp.where(chosen, yes.astype(wide), other).astype(dtype)
 
 
+def start_softmax(
+    sinks: jax.Array,  # [..., rows, 128] f32, times LOG2_E, lanes alike
+    lanes: int,
+) -> Softmax:
+    """Returns the softmax before any key: a sink is a key without a value."""
+    lane = lax.broadcasted_iota(jnp.int32, sinks.shape, sinks.ndim - 1)
+    total = jnp.where((sinks > MASKED) & (lane == 0), 1.0, 0.0)
+    return Softmax(sinks, total, jnp.zeros((*sinks.shape[:-1], lanes), jnp.float32))
+
+
 def visit(
     state: Softmax,
     q: jax.Array,  # [kv_heads, rows, lanes]
@@ -211,9 +229,11 @@ def visit(
         logits = jnp.tanh(logits) * jnp.float32(soft_cap * LOG2_E)
     logits = jnp.where(is_seen, logits, MASKED)
     peak = jnp.maximum(state.peak, logits.max(2, keepdims=True))
-    weight = jnp.exp2(logits - peak)
+    weight = jnp.exp2(logits - _widen(peak, logits.shape[2]))
     kept = jnp.exp2(state.peak - peak)
-    total = state.total * kept + weight.sum(2, keepdims=True)
+    total = state.total * kept
+    for lane in range(0, logits.shape[2], _LANES):
+        total = total + weight[:, :, lane : lane + _LANES]
     value = lax.dot_general(
         weight.astype(values.dtype),
         values,
@@ -221,4 +241,17 @@ def visit(
         precision=precision,
         preferred_element_type=jnp.float32,
     )
-    return Softmax(peak, total, state.value * kept + value)
+    return Softmax(peak, total, state.value * _widen(kept, value.shape[2]) + value)
+
+
+def finish(state: Softmax, factor: jax.Array) -> jax.Array:  # [..., rows, lanes] f32
+    """Returns the mean of the values, times `factor`."""
+    total = state.total.sum(state.total.ndim - 1, keepdims=True)
+    return state.value * (factor / jnp.maximum(total, 1e-30))
+
+
+def _widen(
+    alike: jax.Array,  # [kv_heads, rows, 128], lanes alike
+    width: int,
+) -> jax.Array:  # [kv_heads, rows, width]
+    return jnp.concatenate([alike] * (width // _LANES), axis=2)

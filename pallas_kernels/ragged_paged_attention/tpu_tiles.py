@@ -16,18 +16,21 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.ragged_paged_attention.tpu_pages import (
-    MASKED,
     Pages,
     Rules,
     Softmax,
     clear_unseen,
+    finish,
     span_of,
     start_fetch,
+    start_softmax,
     visit,
     wait_fetch,
 )
 
 
+import os
+HB=int(os.environ.get("HB","1"))
 def _kernel(
     # scalars
     num_items_ref,  # [1] i32, pairs of a tile and a sequence
@@ -39,7 +42,7 @@ def _kernel(
     table_ref,  # [1, pages_per_sequence] i32 in SMEM, of this item's sequence
     next_table_ref,  # [1, pages_per_sequence] i32 in SMEM, of the next item's
     factors_ref,  # [2] f32 in SMEM
-    sinks_ref,  # [kv_heads, rows, 1] f32
+    sinks_ref,  # [kv_heads, rows, 128] f32
     q_ref,  # [kv_heads, rows, lanes], rows are [group, block_q]
     cache_ref,  # [pages, kv_heads, sides, page_size, lanes] in HBM
     # outputs
@@ -49,7 +52,7 @@ def _kernel(
     fetched,  # [2] DMA semaphores
     slot_ref,  # [1] i32 in SMEM, which of the two blocks is next
     peak_ref,  # [kv_heads, rows, 128] f32, lanes alike
-    total_ref,  # [kv_heads, rows, 128] f32, lanes alike
+    total_ref,  # [kv_heads, rows, 128] f32
     value_ref,  # [kv_heads, rows, lanes] f32
     *,
     pages: Pages,
@@ -124,31 +127,28 @@ def _kernel(
 
         def visit_head(head, _):
             def load(side):
-                side_ref = block_ref[:, head, side].reshape(1, pages.block_kv, pages.lanes)
-                return side_ref.astype(pages.compute_dtype)
+                return jnp.stack([
+                    block_ref[:, head * HB + h, side].reshape(pages.block_kv, pages.lanes) for h in range(HB)]).astype(pages.compute_dtype)
 
             keys = load(0)
             values = keys if pages.is_packed else load(1)
-            of_head = pl.ds(head, 1)
-            state = Softmax(
-                peak_ref[of_head][..., :1], total_ref[of_head][..., :1], value_ref[of_head]
-            )
+            of_head = pl.ds(head*HB, HB)
+            state = Softmax(peak_ref[of_head], total_ref[of_head], value_ref[of_head])
             state = visit(
                 state, q_ref[of_head], keys, values, is_seen, factors_ref[0], rules.soft_cap
             )
-            peak_ref[of_head] = jnp.broadcast_to(state.peak, (1, *peak_ref.shape[1:]))
-            total_ref[of_head] = jnp.broadcast_to(state.total, (1, *total_ref.shape[1:]))
-            value_ref[of_head] = state.value
+            peak_ref[of_head], total_ref[of_head], value_ref[of_head] = state
 
-        lax.fori_loop(0, kv_heads, visit_head, None)
+        lax.fori_loop(0, kv_heads//HB, visit_head, None)
         return 1 - slot
 
     @pl.when(item < num_items)
     def _():
-        sinks = jnp.broadcast_to(sinks_ref[...], peak_ref.shape)
-        peak_ref[...] = sinks
-        total_ref[...] = jnp.where(sinks > MASKED, 1.0, 0.0)
-        value_ref[...] = jnp.zeros_like(value_ref)
+        def start(head, _):
+            state = start_softmax(sinks_ref[head], pages.lanes)
+            peak_ref[head], total_ref[head], value_ref[head] = state
+
+        lax.fori_loop(0, kv_heads, start, None)
         start, stop = context_of(item)
         end = lax.div(stop - 1, pages.block_kv) + 1
         slot_ref[0] = lax.fori_loop(first_block(item), end, visit_block, slot_ref[0])
@@ -158,12 +158,12 @@ def _kernel(
         token = tiles_ref[item] * block_q + token
         is_own = (token >= first) & (token < end)
 
-        def finish(head, _):
-            share = factors_ref[1] / jnp.maximum(total_ref[head][:, :1], 1e-30)
-            out = (value_ref[head] * share).astype(out_ref.dtype)
+        def put(head, _):
+            state = Softmax(peak_ref[head], total_ref[head], value_ref[head])
+            out = finish(state, factors_ref[1]).astype(out_ref.dtype)
             out_ref[head] = jnp.where(is_own, out, out_ref[head])
 
-        lax.fori_loop(0, kv_heads, finish, None)
+        lax.fori_loop(0, kv_heads, put, None)
 
 
 def attend_tiles(
@@ -174,7 +174,7 @@ def attend_tiles(
     cu_q_lens: jax.Array,  # [sequences + 1] i32
     counts: jax.Array,  # [2] i32
     factors: jax.Array,  # [2] f32
-    sinks: jax.Array,  # [kv_heads, group, 1] f32, times LOG2_E
+    sinks: jax.Array,  # [kv_heads, group, 128] f32, times LOG2_E
     *,
     pages: Pages,
     rules: Rules,
