@@ -44,6 +44,9 @@ class EngineConfig:
     load_format: Literal["auto", "dummy"] = option("auto", "`dummy` makes random weights")
     dtype: Literal["auto", "bfloat16", "float32"] = option("auto", "type of the weights")
     kv_cache_dtype: Literal["auto", "bfloat16", "float32"] = option("auto", "type of the KV cache")
+    attention_backend: Literal["auto", "reference", "tpu", "gpu"] = option(
+        "auto", "attention kernel; `auto` is the one made for the device, else the reference"
+    )
     max_model_len: int | Auto = option("auto", "context length in tokens", low=1)
     max_num_seqs: int | Auto = option("auto", "sequences that run at once (slots)", low=1)
     max_num_batched_tokens: int | Auto = option(

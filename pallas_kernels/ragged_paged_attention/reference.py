@@ -39,6 +39,12 @@ def page_shapes(
     return (pages, pages)
 
 
+def device_refusal(device: jax.Device) -> str | None:
+    """Returns None: plain XLA runs anywhere."""
+    del device
+    return None
+
+
 def value_dtype(stored: jnp.dtype) -> jnp.dtype:
     """Returns the type that the bits in pages of type `stored` mean."""
     return jnp.dtype(jnp.bfloat16) if stored == jnp.uint16 else jnp.dtype(stored)

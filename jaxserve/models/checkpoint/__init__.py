@@ -17,13 +17,16 @@ from jaxserve.models.checkpoint.tokenizer_folder import folder_tokenizer_files
 __all__ = ["Checkpoint", "TokenizerFiles", "open_checkpoint", "resolve", "tokenizer_files"]
 
 
-def open_checkpoint(path: Path) -> Checkpoint:
+def open_checkpoint(path: Path, *, has_weights: bool = True) -> Checkpoint:
     """Opens a folder of safetensors or a .gguf file and checks every header in it.
 
-    Raises `WeightError`, naming the file and the tensor, for anything truncated, corrupt or
-    unsupported, before any weight is read.
+    Without `has_weights`, a folder need hold no more than config.json. Raises `WeightError`, naming
+    the file and the tensor, for anything truncated, corrupt or unsupported, before any weight is
+    read.
     """
-    return SafetensorsCheckpoint(path) if path.is_dir() else GgufCheckpoint(path)
+    if path.is_dir():
+        return SafetensorsCheckpoint(path, has_weights=has_weights)
+    return GgufCheckpoint(path)
 
 
 def tokenizer_files(path: Path) -> TokenizerFiles:
