@@ -7,6 +7,7 @@ the next is copied in, be it of the same sequence, the next one or the next grid
 from __future__ import annotations
 
 import functools
+from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 import jax
@@ -15,11 +16,14 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.ragged_paged_attention.tpu_blocks import DecodeBlocks
 from pallas_kernels.ragged_paged_attention.tpu_pages import (
     Pages,
     Rules,
+    Softmax,
     clear_unseen,
     finish,
+    load_sides,
     select,
     span_of,
     start_fetch,
@@ -29,143 +33,156 @@ from pallas_kernels.ragged_paged_attention.tpu_pages import (
 )
 
 
-def _kernel(
-    # scalars
-    num_one_ref,  # [1] i32, sequences of one token
-    kv_lens_ref,  # [sequences + 1] i32
-    # inputs
-    table_ref,  # [rows + 1, pages_per_sequence] i32 in SMEM; the last row is the next step's first
-    factors_ref,  # [2] f32 in SMEM
-    sinks_ref,  # [kv_heads, group, 128] f32
-    q_ref,  # [rows, kv_heads, group, lanes]
-    new_ref,  # [rows, kv_heads, sides, lanes]
-    _,  # the cache, aliased to the output
-    # outputs
-    out_ref,  # [rows, kv_heads, group, lanes]
-    cache_ref,  # [pages, kv_heads, sides, page_size, lanes] in HBM
-    # scratch
-    blocks_ref,  # [2, per_block, kv_heads, sides, page_size, lanes]
-    written_ref,  # [2, kv_heads, sides, granule, lanes], on its way to the cache
-    fetched,  # [2] DMA semaphores
-    written,  # [2] DMA semaphores
-    slot_ref,  # [1] i32 in SMEM, which of the two blocks is next
-    *,
-    pages: Pages,
-    rules: Rules,
-):
-    step, rows = pl.program_id(0), q_ref.shape[0]
-    num_one = num_one_ref[0]
-    num_rows = jnp.clip(num_one - step * rows, 0, rows)
+@dataclass(frozen=True)
+class _Step:
+    """A grid step: the kernel's operands, in order, and what it does with them."""
 
-    def context_of(row):  # [start, stop) of the positions that the row's token sees
-        stop = jnp.maximum(kv_lens_ref[step * rows + row], 1)
-        window = rules.sliding_window
+    # scalars
+    num_one: Any  # [1] i32, sequences of one token
+    kv_lens: Any  # [sequences + 1] i32
+    # inputs
+    table: Any  # [rows + 1, pages_per_sequence] i32 in SMEM; its last row is the next step's first
+    factors: Any  # [2] f32 in SMEM
+    sinks: Any  # [kv_heads, group, 128] f32
+    q: Any  # [rows, kv_heads, group, lanes]
+    new: Any  # [rows, kv_heads, sides, lanes]
+    cache_before: Any  # the same memory as `cache`
+    # outputs
+    out: Any  # [rows, kv_heads, group, lanes]
+    cache: Any  # [pages, kv_heads, sides, page_size, lanes] in HBM
+    # scratch
+    blocks: Any  # [2, per_block, kv_heads, sides, page_size, lanes]
+    tiles: Any  # [2, kv_heads, sides, granule, lanes], on their way to the cache
+    fetched: Any  # [2] DMA semaphores, of `blocks`
+    written: Any  # [2] DMA semaphores, of `tiles`
+    slot: Any  # [1] i32 in SMEM, which of the two blocks is next
+    _: KW_ONLY
+    pages: Pages
+    rules: Rules
+
+    def run(self) -> None:
+        """Attends from this step's sequences."""
+        step, rows, num_one = pl.program_id(0), self.q.shape[0], self.num_one[0]
+        num_rows = jnp.clip(num_one - step * rows, 0, rows)
+
+        @pl.when((step == 0) & (num_one > 0))
+        def _() -> None:
+            self.slot[0] = 0
+            self.fetch(0, self.first_block(0), 0)
+
+        @pl.when(num_rows < rows)
+        def _() -> None:
+            self.out[...] = jnp.zeros_like(self.out)
+
+        self.slot[0] = lax.fori_loop(0, num_rows, self.visit_sequence, self.slot[0])
+
+        @pl.when((num_rows > 0) & (step * rows + num_rows == num_one))
+        def _() -> None:
+            self.wait_written(lax.rem(num_one - 1, 2))
+
+            @pl.when(num_one > 1)
+            def _() -> None:
+                self.wait_written(lax.rem(num_one, 2))
+
+    def index_of(self, row: jax.Array) -> jax.Array:
+        """Returns which sequence of the batch has a row of this step."""
+        return pl.program_id(0) * self.q.shape[0] + row
+
+    def context_of(self, row: Any) -> tuple[Any, jax.Array]:
+        """Returns [start, stop) of the positions that the row's token sees."""
+        stop = jnp.maximum(self.kv_lens[self.index_of(row)], 1)
+        window = self.rules.sliding_window
         return (0 if window is None else jnp.maximum(stop - window, 0)), stop
 
-    def fetch(row, block, slot):
-        span = span_of(block, *context_of(row), pages)
+    def first_block(self, row: Any) -> Any:
+        """Returns the first block that the row's token sees."""
+        return lax.div(self.context_of(row)[0], self.pages.block_kv)
+
+    def fetch(self, row: Any, block: Any, slot: Any) -> None:
+        """Starts to copy a block in."""
+        span = span_of(block, *self.context_of(row), self.pages)
         start_fetch(
-            cache_ref,
-            blocks_ref.at[slot],
-            fetched.at[slot],
-            lambda page: table_ref[row, block * pages.per_block + page],
+            self.cache,
+            self.blocks.at[slot],
+            self.fetched.at[slot],
+            lambda page: self.table[row, block * self.pages.per_block + page],
             span,
         )
 
-    def first_block(row):
-        return lax.div(context_of(row)[0], pages.block_kv)
+    def visit_sequence(self, row: jax.Array, slot: jax.Array) -> jax.Array:
+        """Attends from one row. Returns the slot of the next row's first block."""
+        _, stop = self.context_of(row)
+        state = start_softmax(self.sinks[...], self.pages.lanes)
 
-    @pl.when((step == 0) & (num_one > 0))
-    def _():
-        slot_ref[0] = 0
-        fetch(0, first_block(0), 0)
-
-    @pl.when(num_rows < rows)
-    def _():
-        out_ref[...] = jnp.zeros_like(out_ref)
-
-    def visit_block(row, block, slot, state):
-        start, stop = context_of(row)
-        is_last = block == lax.div(stop - 1, pages.block_kv)
-        next_row = jnp.where(is_last, row + 1, row)
-
-        @pl.when(step * rows + next_row < num_one)
-        def _():
-            fetch(next_row, jnp.where(is_last, first_block(next_row), block + 1), 1 - slot)
-
-        span = span_of(block, start, stop, pages)
-        block_ref = blocks_ref.at[slot]
-        wait_fetch(cache_ref, block_ref, fetched.at[slot], span)
-
-        @pl.when(is_last)
-        def _():
-            write(row, block, block_ref, stop - 1)
-
-        @pl.when((span.start > 0) | (span.stop < pages.block_kv))
-        def _():
-            clear_unseen(block_ref, span, pages)
-
-        shape = (pages.kv_heads, q_ref.shape[2], pages.block_kv)
-        position = lax.broadcasted_iota(jnp.int32, shape, 2)
-        is_seen = (position >= span.start) & (position < span.stop)
-        keys, values = load_sides(block_ref)
-        return visit(state, q_ref[row], keys, values, is_seen, factors_ref[0], rules.soft_cap)
-
-    def load_sides(block_ref):
-        def load(side):
-            return jnp.stack([
-                block_ref[:, head, side].reshape(pages.block_kv, pages.lanes)
-                for head in range(pages.kv_heads)
-            ]).astype(pages.compute_dtype)  # fmt: skip
-
-        keys = load(0)
-        return keys, (keys if pages.is_packed else load(1))
-
-    def write(row, block, block_ref, position):
-        index = step * rows + row
-        page, offset = lax.div(position, pages.page_size), lax.rem(position, pages.page_size)
-        first = pl.multiple_of(offset // pages.granule * pages.granule, pages.granule)
-        tile_ref = block_ref.at[page - block * pages.per_block, :, :, pl.ds(first, pages.granule)]
-        shape = (pages.kv_heads, pages.sides, pages.granule, pages.lanes)
-        is_new = lax.broadcasted_iota(jnp.int32, shape, 2) == offset - first
-        tile = select(is_new, jnp.broadcast_to(new_ref[row][:, :, None, :], shape), tile_ref[...])
-        tile_ref[...] = tile
-        parity = lax.rem(index, 2)
-
-        @pl.when(index >= 2)
-        def _():
-            wait_written(parity)
-
-        written_ref[parity] = tile
-        home_ref = cache_ref.at[table_ref[row, page], :, :, pl.ds(first, pages.granule)]
-        pltpu.make_async_copy(written_ref.at[parity], home_ref, written.at[parity]).start()
-
-    def wait_written(parity):
-        home_ref = cache_ref.at[0, :, :, pl.ds(0, pages.granule)]
-        pltpu.make_async_copy(written_ref.at[parity], home_ref, written.at[parity]).wait()
-
-    def visit_sequence(row, slot):
-        start, stop = context_of(row)
-        state = start_softmax(sinks_ref[...], pages.lanes)
-
-        def body(block, carry):
+        def body(block: jax.Array, carry: tuple[jax.Array, Softmax]) -> tuple[jax.Array, Softmax]:
             slot, state = carry
-            return 1 - slot, visit_block(row, block, slot, state)
+            return 1 - slot, self.visit_block(row, block, slot, state)
 
-        end = lax.div(stop - 1, pages.block_kv) + 1
-        slot, state = lax.fori_loop(lax.div(start, pages.block_kv), end, body, (slot, state))
-        out_ref[row] = finish(state, factors_ref[1]).astype(out_ref.dtype)
+        end = lax.div(stop - 1, self.pages.block_kv) + 1
+        slot, state = lax.fori_loop(self.first_block(row), end, body, (slot, state))
+        self.out[row] = finish(state, self.factors[1]).astype(self.out.dtype)
         return slot
 
-    slot_ref[0] = lax.fori_loop(0, num_rows, visit_sequence, slot_ref[0])
+    def visit_block(
+        self, row: jax.Array, block: jax.Array, slot: jax.Array, state: Softmax
+    ) -> Softmax:
+        """Returns the state after a block, while the next one is copied in."""
+        start, stop = self.context_of(row)
+        is_last = block == lax.div(stop - 1, self.pages.block_kv)
+        next_row = jnp.where(is_last, row + 1, row)
 
-    @pl.when((num_rows > 0) & (step * rows + num_rows == num_one))
-    def _():
-        wait_written(lax.rem(num_one - 1, 2))
+        @pl.when(self.index_of(next_row) < self.num_one[0])
+        def _() -> None:
+            next_block = jnp.where(is_last, self.first_block(next_row), block + 1)
+            self.fetch(next_row, next_block, 1 - slot)
 
-        @pl.when(num_one > 1)
-        def _():
-            wait_written(lax.rem(num_one, 2))
+        span = span_of(block, start, stop, self.pages)
+        here = self.blocks.at[slot]
+        wait_fetch(self.cache, here, self.fetched.at[slot], span)
+
+        @pl.when(is_last)
+        def _() -> None:
+            self.write(row, block, here, stop - 1)
+
+        @pl.when((span.start > 0) | (span.stop < self.pages.block_kv))
+        def _() -> None:
+            clear_unseen(here, span, self.pages)
+
+        shape = (self.pages.kv_heads, self.q.shape[2], self.pages.block_kv)
+        position = lax.broadcasted_iota(jnp.int32, shape, 2)
+        is_seen = (position >= span.start) & (position < span.stop)
+        keys, values = load_sides(here, range(self.pages.kv_heads), self.pages)
+        q = self.q[row]
+        return visit(state, q, keys, values, is_seen, self.factors[0], self.rules.soft_cap)
+
+    def write(self, row: jax.Array, block: jax.Array, here: Any, position: jax.Array) -> None:
+        """Puts the new key and value into the block, and starts to copy their rows home."""
+        pages, parity = self.pages, lax.rem(self.index_of(row), 2)
+        page, offset = lax.div(position, pages.page_size), lax.rem(position, pages.page_size)
+        first = pl.multiple_of(offset // pages.granule * pages.granule, pages.granule)
+        at_page = here.at[page - block * pages.per_block, :, :, pl.ds(first, pages.granule)]
+        shape = (pages.kv_heads, pages.sides, pages.granule, pages.lanes)
+        is_new = lax.broadcasted_iota(jnp.int32, shape, 2) == offset - first
+        new = jnp.broadcast_to(self.new[row][:, :, None, :], shape)
+        tile = select(is_new, new, at_page[...])
+        at_page[...] = tile
+
+        @pl.when(self.index_of(row) >= 2)
+        def _() -> None:
+            self.wait_written(parity)
+
+        self.tiles[parity] = tile
+        home = self.cache.at[self.table[row, page], :, :, pl.ds(first, pages.granule)]
+        pltpu.make_async_copy(self.tiles.at[parity], home, self.written.at[parity]).start()
+
+    def wait_written(self, parity: jax.Array) -> None:
+        """Waits until a tile is in the cache."""
+        home = self.cache.at[0, :, :, pl.ds(0, self.pages.granule)]
+        pltpu.make_async_copy(self.tiles.at[parity], home, self.written.at[parity]).wait()
+
+
+def _kernel(*refs, pages, rules):
+    _Step(*refs, pages=pages, rules=rules).run()
 
 
 def attend_one(
@@ -178,14 +195,15 @@ def attend_one(
     factors: jax.Array,  # [2] f32
     sinks: jax.Array,  # [kv_heads, group, 128] f32, times LOG2_E
     *,
-    pages: Pages,
     rules: Rules,
-    rows: int,  # sequences to a grid step
-    vmem_bytes: int,
+    blocks: DecodeBlocks,
+    dtype: jnp.dtype,  # of the result
+    vmem_limit_bytes: int,
     interpret: Any = False,
 ) -> tuple[jax.Array, jax.Array]:
     """Returns `[sequences, kv_heads, group, lanes]`, zeros from row `num_one` on, and the cache."""
     sequences, kv_heads, group, lanes = q.shape
+    pages, rows = blocks.pages, blocks.rows
     steps = -(-sequences // rows)
     padding = steps * rows - sequences
     kv_lens = jnp.pad(kv_lens, (0, padding + 1))
@@ -198,7 +216,7 @@ def attend_one(
     out, cache = pl.pallas_call(
         functools.partial(_kernel, pages=pages, rules=rules),
         out_shape=(
-            jax.ShapeDtypeStruct(q.shape, q.dtype),
+            jax.ShapeDtypeStruct(q.shape, dtype),
             jax.ShapeDtypeStruct(cache.shape, cache.dtype),
         ),
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -226,7 +244,7 @@ def attend_one(
         input_output_aliases={7: 1},
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("arbitrary",),
-            vmem_limit_bytes=vmem_bytes,
+            vmem_limit_bytes=vmem_limit_bytes,
             disable_bounds_checks=True,
         ),
         interpret=interpret,

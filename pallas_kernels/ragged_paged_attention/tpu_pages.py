@@ -8,6 +8,7 @@ that no lane is empty and XLA keeps the array in this order.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -19,8 +20,11 @@ from jax.experimental.pallas import tpu as pltpu
 
 MASKED = -1e30  # finite: the difference of two is 0, not NaN
 LOG2_E = 1.4426950408889634  # the hardware has 2**x: logits are kept times this
-_LANES = 128
-_HALF = _LANES // 2
+LANES = 128
+HALF = LANES // 2
+_UNROLLED = 8  # page copies issued between two branches
+PAGE_SIZES = (16, 32, 64, 128, 256)
+DTYPES = (jnp.bfloat16, jnp.float32, jnp.float8_e4m3fn, jnp.float8_e5m2, jnp.int8)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,10 +37,19 @@ class Pages:
     dtype: jnp.dtype
     per_block: int = 1
 
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            names = ", ".join(jnp.dtype(dtype).name for dtype in DTYPES)
+            raise ValueError(f"pages of {self.dtype} cannot be kept; the TPU kernel has {names}")
+        if self.page_size not in PAGE_SIZES:
+            raise ValueError(f"page_size={self.page_size} must be one of {PAGE_SIZES}")
+        if not 1 <= self.head_dim <= 2 * LANES:
+            raise ValueError(f"head_dim={self.head_dim} must be from 1 to {2 * LANES}")
+
     @property
     def is_packed(self) -> bool:
         """Whether keys and values share a row of lanes."""
-        return self.head_dim <= _HALF
+        return self.head_dim <= HALF
 
     @property
     def sides(self) -> int:
@@ -46,12 +59,12 @@ class Pages:
     @property
     def lanes(self) -> int:
         """Returns the length of a row."""
-        return -(-self.head_dim // _LANES) * _LANES
+        return -(-self.head_dim // LANES) * LANES
 
     @property
     def values_at(self) -> int:
         """Returns the lane where a row's values begin."""
-        return _HALF if self.is_packed else 0
+        return HALF if self.is_packed else 0
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -72,6 +85,11 @@ class Pages:
     def token_bytes(self) -> int:
         """Returns the bytes of one token position."""
         return self.kv_heads * self.sides * self.lanes * self.dtype.itemsize
+
+    @property
+    def block_bytes(self) -> int:
+        """Returns the bytes of the pages of a block."""
+        return self.block_kv * self.token_bytes
 
     @property
     def compute_dtype(self) -> jnp.dtype:
@@ -137,12 +155,16 @@ def start_fetch(
         pltpu.make_async_copy(cache_ref.at[page_of(page)], block_ref.at[page], semaphore).start()
 
     per_block = block_ref.shape[0]
+    some = min(per_block, _UNROLLED)
     is_whole = span.end - span.first == per_block
 
-    @pl.when(is_whole)  # the scalar unit, which issues the copies, overlaps them without a loop
+    @pl.when(is_whole)  # the scalar unit, which issues the copies, overlaps what is not a loop
     def _() -> None:
-        for page in range(per_block):
-            start(page, None)
+        def start_some(index: Any, _: None) -> None:
+            for page in range(some):
+                start(index * some + page, None)
+
+        lax.fori_loop(0, per_block // some, start_some, None)
 
     @pl.when(jnp.logical_not(is_whole))
     def _() -> None:
@@ -186,11 +208,27 @@ def clear_unseen(
 
 
 def select(chosen: jax.Array, yes: jax.Array, no: jax.Array | None) -> jax.Array:
-    """Returns `where(chosen, yes, no)`, zero for no `no`: 8-bit rows are selected as 32-bit ones."""
+    """Returns `where(chosen, yes, no)`, zeros for no `no`; 8-bit rows take the way of 32-bit."""
     dtype = yes.dtype
     wide = jnp.dtype(jnp.float32) if dtype.itemsize == 1 else dtype
     other = jnp.zeros((), wide) if no is None else no.astype(wide)
     return jnp.where(chosen, yes.astype(wide), other).astype(dtype)
+
+
+def load_sides(
+    block_ref: Any,  # [per_block, kv_heads, sides, page_size, lanes]
+    heads: Iterable[Any],  # kv heads to load
+    pages: Pages,
+) -> tuple[jax.Array, jax.Array]:
+    """Returns keys and values `[heads, block_kv, lanes]`, the same array where they are packed."""
+    heads = list(heads)
+
+    def load(side: int) -> jax.Array:
+        rows = [block_ref[:, head, side].reshape(pages.block_kv, pages.lanes) for head in heads]
+        return jnp.stack(rows).astype(pages.compute_dtype)
+
+    keys = load(0)
+    return keys, (keys if pages.is_packed else load(1))
 
 
 def start_softmax(
@@ -232,8 +270,8 @@ def visit(
     weight = jnp.exp2(logits - _widen(peak, logits.shape[2]))
     kept = jnp.exp2(state.peak - peak)
     total = state.total * kept
-    for lane in range(0, logits.shape[2], _LANES):
-        total = total + weight[:, :, lane : lane + _LANES]
+    for lane in range(0, logits.shape[2], LANES):
+        total = total + weight[:, :, lane : lane + LANES]
     value = lax.dot_general(
         weight.astype(values.dtype),
         values,
@@ -254,4 +292,4 @@ def _widen(
     alike: jax.Array,  # [kv_heads, rows, 128], lanes alike
     width: int,
 ) -> jax.Array:  # [kv_heads, rows, width]
-    return jnp.concatenate([alike] * (width // _LANES), axis=2)
+    return jnp.concatenate([alike] * (width // LANES), axis=2)

@@ -5,7 +5,6 @@ Pages are read, patched and written back whole: the pipeline of Pallas moves the
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import jax
@@ -14,7 +13,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.ragged_paged_attention.tpu_pages import Pages, select
+from pallas_kernels.ragged_paged_attention.tpu_blocks import WriteBlocks
+from pallas_kernels.ragged_paged_attention.tpu_pages import select
 
 
 def _kernel(
@@ -56,17 +56,21 @@ def write_pages(
     cu_q_lens: jax.Array,  # [sequences + 1] i32
     counts: jax.Array,  # [2] i32
     *,
-    pages: Pages,
-    heads: int,  # kv heads to a grid step
-    vmem_bytes: int,
+    blocks: WriteBlocks,
+    vmem_limit_bytes: int,
     interpret: Any = False,
 ) -> jax.Array:
     """Returns the cache with the rows of sequences `counts[0]` to `counts[1]` written."""
+    pages, heads = blocks.pages, blocks.heads
     tokens, page_size = new.shape[0], pages.page_size
-    num_items, *items = _items(kv_lens, page_table, cu_q_lens, counts, tokens, page_size)
+    num_items, *items = _items(
+        kv_lens, page_table, cu_q_lens, counts,
+        tokens=tokens, num_pages=cache.shape[0], page_size=page_size,
+    )  # fmt: skip
     # 8-bit values are exact in bfloat16, whose rows the kernel can read at any page size.
     carried = new.astype(pages.compute_dtype).transpose(1, 2, 0, 3)
-    carried = jnp.pad(carried, ((0, 0), (0, 0), (page_size, 2 * page_size + -tokens % page_size), (0, 0)))
+    padding = (page_size, 2 * page_size + -tokens % page_size)
+    carried = jnp.pad(carried, ((0, 0), (0, 0), padding, (0, 0)))
 
     def of_rows(distance):
         return pl.BlockSpec(
@@ -85,13 +89,13 @@ def write_pages(
         out_shape=jax.ShapeDtypeStruct(cache.shape, cache.dtype),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=4,
-            grid=(num_items, pages.kv_heads // heads),
+            grid=(jnp.maximum(num_items, 1), pages.kv_heads // heads),
             in_specs=[of_rows(0), of_rows(1), of_page],
             out_specs=of_page,
         ),
         input_output_aliases={6: 0},
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("arbitrary", "arbitrary"), vmem_limit_bytes=vmem_bytes
+            dimension_semantics=("arbitrary", "arbitrary"), vmem_limit_bytes=vmem_limit_bytes
         ),
         interpret=interpret,
         name="write_pages",
@@ -103,7 +107,9 @@ def _items(
     page_table: jax.Array,  # [sequences, pages_per_sequence] i32
     cu_q_lens: jax.Array,  # [sequences + 1] i32
     counts: jax.Array,  # [2] i32
+    *,
     tokens: int,
+    num_pages: int,
     page_size: int,
 ) -> tuple[jax.Array, ...]:
     """Returns the number of pages to patch, and of each the kernel's four scalars."""
@@ -112,19 +118,25 @@ def _items(
     is_long = (sequence >= counts[0]) & (sequence < counts[1])
     first_position = kv_lens - (cu_q_lens[1:] - cu_q_lens[:-1])
     first_page = first_position // page_size
-    num_pages = jnp.where(is_long, (kv_lens - 1) // page_size + 1 - first_page, 0)
-    ends = jnp.cumsum(num_pages, dtype=jnp.int32)
+    touched = jnp.where(is_long, (kv_lens - 1) // page_size + 1 - first_page, 0)
+    ends = jnp.cumsum(touched, dtype=jnp.int32)
     # A sequence of n tokens touches at most (n - 2) // page_size + 2 pages.
     max_items = tokens // page_size + 2 * min(sequences, max(tokens // 2, 1))
     item = jnp.arange(max_items, dtype=jnp.int32)
     owner = (ends[None, :] <= item[:, None]).sum(1, dtype=jnp.int32)
     owner = jnp.minimum(owner, sequences - 1)
-    page = first_page[owner] + item - (ends - num_pages)[owner]
+    page = first_page[owner] + item - (ends - touched)[owner]
     page = jnp.clip(page, 0, page_table.shape[1] - 1)
     start = jnp.maximum(first_position[owner] - page * page_size, 0)
     stop = jnp.minimum(kv_lens[owner] - page * page_size, page_size)
     # Row r of the page is token cu_q_lens + page * page_size + r - first_position.
     source = cu_q_lens[owner] + page * page_size - first_position[owner] + page_size
-    return ends[-1], page_table[owner, page], start, stop, source
-
-
+    # Past the last item: a page that is written back as it was, for a step that has none.
+    is_item = item < ends[-1]
+    return (
+        ends[-1],
+        jnp.clip(page_table[owner, page], 0, num_pages - 1),
+        start,
+        jnp.where(is_item, stop, 0),
+        jnp.where(is_item, source, 0),
+    )

@@ -40,7 +40,9 @@ def dump_flags(folder: Path) -> str:
 def read(folder: Path, kernel: str) -> Loop:
     """Returns the newest dumped schedule of the Pallas kernel of this name."""
     bundles = _newest(folder, rf"\d+-{kernel}(\.\d+)?-\d+-final_bundles\.txt")
-    units = _newest(folder, rf"\d+-{kernel}(\.\d+)?-\d+-final_hlo-static-per-bundle-utilization\.txt")
+    units = _newest(
+        folder, rf"\d+-{kernel}(\.\d+)?-\d+-final_hlo-static-per-bundle-utilization\.txt"
+    )
     return parse(bundles.read_text(errors="replace"), units.read_text())
 
 
