@@ -25,7 +25,7 @@ from pallas_kernels.ragged_paged_attention.gpu_tiles import MASKED, ROWS
 def items_of(
     context: jax.Array,  # [sequences] i32, 0 for none
     blocks: DecodeBlocks,
-    kv_heads: int,
+    groups: int,
     sliding_window: int | None,
 ) -> tuple[jax.Array, jax.Array]:
     """Returns the work list `[items, 4]` i32 and each sequence's first item `[sequences + 1]` i32.
@@ -39,7 +39,7 @@ def items_of(
         first = jnp.maximum(context - sliding_window, 0)
     start = first // size
     num_blocks = (context + size - 1) // size - start
-    wanted = max(1, blocks.programs // kv_heads)
+    wanted = max(1, blocks.programs // groups)
     share = jnp.maximum((num_blocks.sum() + wanted - 1) // wanted, blocks.min_split)
     num_items = (num_blocks + share - 1) // share
     piece = (num_blocks + num_items - 1) // jnp.maximum(num_items, 1)
@@ -57,48 +57,50 @@ def items_of(
 
 
 def attend_decode(
-    q: jax.Array,  # [sequences, kv_heads, group, head_dim], group a multiple of 8
+    q: jax.Array,  # [sequences, groups, group_size, head_dim], one or more groups of each kv head
     cache: tuple[jax.Array, ...],  # keys, values [pages, page_size, kv_heads, head_dim]
     context: jax.Array,  # [sequences] i32, 0 for none
     page_table: jax.Array,  # [sequences, pages_per_sequence] i32
     factor: jax.Array,  # [1] f32, makes a product of stored numbers a logit
-    sinks: jax.Array,  # [kv_heads, group] f32
+    sinks: jax.Array,  # [groups, group_size] f32
     *,
     out_dtype: jnp.dtype,
     blocks: DecodeBlocks,
     sliding_window: int | None,
     soft_cap: float | None,
     interpret: bool,
-) -> jax.Array:  # [sequences, kv_heads, group, head_dim]
+) -> jax.Array:  # [sequences, groups, group_size, head_dim]
     """Returns attention from each sequence's newest token; zeros without a context."""
-    sequences, kv_heads, group, head_dim = q.shape
-    items, first_item = items_of(context, blocks, kv_heads, sliding_window)
+    sequences, groups, num_heads, head_dim = q.shape
+    # Rows of a swizzled tile come in eights.
+    pad = -num_heads % 8
+    q = jnp.pad(q, ((0, 0), (0, 0), (0, pad), (0, 0)))
+    sinks = jnp.pad(sinks, ((0, 0), (0, ROWS - num_heads)), constant_values=MASKED)
+    group_size = num_heads + pad
+    items, first_item = items_of(context, blocks, groups, sliding_window)
     num_items = items.shape[0]
     scratch = {
         "q_tile": tiles.tile(ROWS, head_dim, q.dtype, copies=1),
-        "k_tiles": tiles.tile(blocks.block_kv, head_dim, q.dtype, copies=blocks.stages),
-        "v_tiles": tiles.tile(blocks.block_kv, head_dim, q.dtype, copies=blocks.stages),
         "value_tile": plgpu.SMEM((ROWS, head_dim), jnp.float32),
         "stats_tile": plgpu.SMEM((2, ROWS), jnp.float32),
         "q_full": plgpu.Barrier(),
+        **tiles.ring_types(head_dim, q.dtype, cache[0], blocks, readers=1),
     }
-    page_size = cache[0].shape[1]
-    arrivals = max(1, blocks.block_kv // page_size)
-    for name in ("k", "v"):
-        scratch[f"{name}_full"] = plgpu.Barrier(
-            num_arrivals=arrivals, num_barriers=blocks.stages
-        )
-        scratch[f"{name}_free"] = plgpu.Barrier(num_barriers=blocks.stages)
-    scratch["v_raw"] = plgpu.Barrier(num_arrivals=arrivals)
     kernel = plgpu.kernel(
-        partial(_item_kernel, page_size=page_size, soft_cap=soft_cap, interpret=interpret),
+        partial(
+            _item_kernel,
+            page_size=cache[0].shape[1],
+            is_windowed=sliding_window is not None,
+            soft_cap=soft_cap,
+            interpret=interpret,
+        ),
         out_type=(
-            jax.ShapeDtypeStruct((num_items, kv_heads, group, head_dim), jnp.float32),
-            jax.ShapeDtypeStruct((num_items, kv_heads, 2, ROWS), jnp.float32),
+            jax.ShapeDtypeStruct((num_items, groups, group_size, head_dim), jnp.float32),
+            jax.ShapeDtypeStruct((num_items, groups, 2, ROWS), jnp.float32),
         ),
         scratch_types=scratch,
-        grid=(num_items, kv_heads),
-        grid_names=("item", "kv_head"),
+        grid=(num_items, groups),
+        grid_names=("item", "group"),
         num_threads=2,
         thread_name="warpgroup",
         compiler_params=compiler_params(),
@@ -107,7 +109,7 @@ def attend_decode(
     )
     parts = (tiles.parts_of_pages(side, blocks.block_kv) for side in cache)
     partials = kernel(items, context, page_table, factor, q, *parts)
-    return _merge(first_item, partials, sinks, sequences, out_dtype, interpret)
+    return _merge(first_item, partials, sinks, sequences, out_dtype, interpret)[:, :, :num_heads]
 
 
 def _item_kernel(
@@ -116,12 +118,12 @@ def _item_kernel(
     kv_lens,  # [sequences] i32
     page_table,  # [sequences, pages_per_sequence] i32
     factor,  # [1] f32
-    q,  # [sequences, kv_heads, group, head_dim]
+    q,  # [sequences, groups, group_size, head_dim]
     keys,  # [parts, part_size, kv_heads, head_dim]
     values,  # [parts, part_size, kv_heads, head_dim]
     # outputs
-    partial_values,  # [items, kv_heads, group, head_dim] f32
-    partial_stats,  # [items, kv_heads, 2, ROWS] f32, peak and total
+    partial_values,  # [items, groups, group_size, head_dim] f32
+    partial_stats,  # [items, groups, 2, ROWS] f32, peak and total
     # scratch
     q_tile,  # [1, ROWS, head_dim]
     k_tiles,  # [stages, block_kv, head_dim]
@@ -136,53 +138,44 @@ def _item_kernel(
     v_raw,
     *,
     page_size: int,
+    is_windowed: bool,
     soft_cap: float | None,
     interpret: bool,
 ):
-    item, kv_head = lax.axis_index("item"), lax.axis_index("kv_head")
+    item, group = lax.axis_index("item"), lax.axis_index("group")
     is_producer = lax.axis_index("warpgroup") == 1
     sequence, begin, end = items[item, 0], items[item, 1], items[item, 2]
+    kv_head = lax.div(group, jnp.int32(q.shape[1] // keys.shape[2]))
     context = tiles.Context(sequence, kv_head, items[item, 3], kv_lens[sequence])
     k_ring = tiles.Ring(k_tiles, k_full, k_free)
     v_ring = tiles.Ring(v_tiles, v_full, v_free)
-    stages, block_kv, head_dim = k_tiles.shape
+    _, block_kv, head_dim = k_tiles.shape
 
     @pl.when((begin < end) & is_producer)
     def _load():
         tiles.load_blocks(
             begin, end, context, page_table, page_size, keys, values, k_ring, v_ring, v_raw,
             interpret,
-        )
+        )  # fmt: skip
 
     @pl.when((begin < end) & jnp.logical_not(is_producer))
     def _compute():
-        group = q.shape[2]
-        plgpu.copy_gmem_to_smem(q.at[sequence, kv_head], q_tile.at[0, pl.ds(0, group)], q_full)
+        group_size = q.shape[2]
+        plgpu.copy_gmem_to_smem(q.at[sequence, group], q_tile.at[0, pl.ds(0, group_size)], q_full)
         plgpu.barrier_wait(q_full)
 
+        def mask(logits, block):
+            position = tiles.count(logits.shape, 1, interpret) + block * block_kv
+            is_seen = position < context.length
+            if is_windowed:
+                is_seen &= position >= context.first
+            return jnp.where(is_seen, logits, jnp.full_like(logits, MASKED))
+
         def visit(block, state):
-            slot = lax.rem(block - begin, jnp.int32(stages))
-            is_reused = block + stages < end
-            first = block * block_kv
-            plgpu.barrier_wait(k_ring.full.at[slot])
-            logits = tiles.logits_of(q_tile.at[0], k_ring.tiles.at[slot], factor[0], soft_cap, interpret)
-
-            @pl.when(is_reused)
-            def _free_keys():
-                plgpu.barrier_arrive(k_ring.free.at[slot])
-
-            position = tiles.count(logits.shape, 1, interpret) + first
-            is_seen = (position >= context.first) & (position < context.length)
-            logits = jnp.where(is_seen, logits, jnp.full_like(logits, MASKED))
-            state, weight = tiles.weigh(state, logits)
-            plgpu.barrier_wait(v_ring.full.at[slot])
-            state = tiles.add_values(state, weight, v_ring.tiles.at[slot], interpret)
-
-            @pl.when(is_reused)
-            def _free_values():
-                plgpu.barrier_arrive(v_ring.free.at[slot])
-
-            return state
+            return tiles.visit(
+                block, begin, end, state, q_tile.at[0], k_ring, v_ring, factor[0], soft_cap, mask,
+                interpret,
+            )  # fmt: skip
 
         state = tiles.start(
             jnp.full((ROWS,), MASKED, jnp.float32),
@@ -196,26 +189,25 @@ def _item_kernel(
         stats_tile[1] = state.total
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(
-            value_tile.at[pl.ds(0, group)], partial_values.at[item, kv_head]
+            value_tile.at[pl.ds(0, group_size)], partial_values.at[item, group]
         )
-        plgpu.copy_smem_to_gmem(stats_tile, partial_stats.at[item, kv_head])
+        plgpu.copy_smem_to_gmem(stats_tile, partial_stats.at[item, group])
         plgpu.wait_smem_to_gmem(0)
 
 
 def _merge(
     first_item: jax.Array,  # [sequences + 1] i32
     partials: tuple[jax.Array, jax.Array],
-    sinks: jax.Array,  # [kv_heads, group] f32
+    sinks: jax.Array,  # [groups, ROWS] f32
     sequences: int,
     out_dtype: jnp.dtype,
     interpret: bool,
-) -> jax.Array:  # [sequences, kv_heads, group, head_dim]
+) -> jax.Array:  # [sequences, groups, group_size, head_dim]
     """Returns the items of each sequence as one softmax; a sink is a key without a value."""
-    _, kv_heads, group, head_dim = partials[0].shape
-    sinks = jnp.pad(sinks, ((0, 0), (0, ROWS - group)), constant_values=MASKED)
+    _, groups, group_size, head_dim = partials[0].shape
     kernel = plgpu.kernel(
         partial(_merge_kernel, interpret=interpret),
-        out_type=jax.ShapeDtypeStruct((sequences, kv_heads, group, head_dim), out_dtype),
+        out_type=jax.ShapeDtypeStruct((sequences, groups, group_size, head_dim), out_dtype),
         scratch_types={
             "value_tile": plgpu.SMEM((ROWS, head_dim), jnp.float32),
             "stats_tile": plgpu.SMEM((2, ROWS), jnp.float32),
@@ -224,8 +216,8 @@ def _merge(
             "full": plgpu.Barrier(num_arrivals=2),
             "sink_full": plgpu.Barrier(),
         },
-        grid=(sequences, kv_heads),
-        grid_names=("sequence", "kv_head"),
+        grid=(sequences, groups),
+        grid_names=("sequence", "group"),
         num_threads=1,
         thread_name="warpgroup",
         compiler_params=compiler_params(),
@@ -238,11 +230,11 @@ def _merge(
 def _merge_kernel(
     # inputs
     first_item,  # [sequences + 1] i32
-    sinks,  # [kv_heads, ROWS] f32
-    partial_values,  # [items, kv_heads, group, head_dim] f32
-    partial_stats,  # [items, kv_heads, 2, ROWS] f32
+    sinks,  # [groups, ROWS] f32
+    partial_values,  # [items, groups, group_size, head_dim] f32
+    partial_stats,  # [items, groups, 2, ROWS] f32
     # output
-    out,  # [sequences, kv_heads, group, head_dim]
+    out,  # [sequences, groups, group_size, head_dim]
     # scratch
     value_tile,  # [ROWS, head_dim] f32
     stats_tile,  # [2, ROWS] f32
@@ -253,18 +245,18 @@ def _merge_kernel(
     *,
     interpret: bool,
 ):
-    sequence, kv_head = lax.axis_index("sequence"), lax.axis_index("kv_head")
-    group, head_dim = out.shape[2:]
-    plgpu.copy_gmem_to_smem(sinks.at[kv_head], sink_tile, sink_full)
+    sequence, group = lax.axis_index("sequence"), lax.axis_index("group")
+    group_size, head_dim = out.shape[2:]
+    plgpu.copy_gmem_to_smem(sinks.at[group], sink_tile, sink_full)
     plgpu.barrier_wait(sink_full)
     peak = tiles.spread(sink_tile[...], interpret) * tiles.LOG2E
     total = jnp.where(peak > MASKED, jnp.ones_like(peak), jnp.zeros_like(peak))
 
     def add(item, state):
         plgpu.copy_gmem_to_smem(
-            partial_values.at[item, kv_head], value_tile.at[pl.ds(0, group)], full
+            partial_values.at[item, group], value_tile.at[pl.ds(0, group_size)], full
         )
-        plgpu.copy_gmem_to_smem(partial_stats.at[item, kv_head], stats_tile, full)
+        plgpu.copy_gmem_to_smem(partial_stats.at[item, group], stats_tile, full)
         plgpu.barrier_wait(full)
         item_peak = tiles.spread(stats_tile[0], interpret)
         item_total = tiles.spread(stats_tile[1], interpret)
@@ -278,5 +270,5 @@ def _merge_kernel(
     state = lax.fori_loop(first_item[sequence], first_item[sequence + 1], add, state)
     out_tile[...] = tiles.finish(state).astype(out_tile.dtype)
     plgpu.commit_smem()
-    plgpu.copy_smem_to_gmem(out_tile.at[pl.ds(0, group)], out.at[sequence, kv_head])
+    plgpu.copy_smem_to_gmem(out_tile.at[pl.ds(0, group_size)], out.at[sequence, group])
     plgpu.wait_smem_to_gmem(0)

@@ -8,6 +8,7 @@ under interpretation, which knows no tensor cores; all else is the same code.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -114,12 +115,11 @@ def weigh(
 
 def add_values(
     state: Softmax,
-    weight: jax.Array,  # [ROWS, block_kv] f32
+    weight: jax.Array,  # [ROWS, block_kv]
     v_tile,  # [block_kv, head_dim]
     interpret: bool,
 ) -> Softmax:
     """Returns the state with the block's weighted values."""
-    weight = weight.astype(v_tile.dtype)
     if interpret:
         product = jnp.dot(weight, v_tile[...], preferred_element_type=jnp.float32)
         return state._replace(value=state.value + product)
@@ -150,12 +150,13 @@ def clear_unseen(
     rows, head_dim = v_tile.shape
     # A few columns at once: the registers are full of the accumulator.
     width = swizzle_of(head_dim, v_tile.dtype) // v_tile.dtype.itemsize
-    row = count((rows, width), 0, interpret) + position
-    is_seen = (row >= seen_from) & (row < seen_to)
-    for column in range(0, head_dim, width):
-        part = v_tile.at[:, pl.ds(column, width)]
-        values = spread(part[...], interpret)
-        part[...] = jnp.where(is_seen, values, jnp.zeros_like(values))
+    for first in range(0, rows, ROWS):
+        row = count((ROWS, width), 0, interpret) + (position + first)
+        is_seen = (row >= seen_from) & (row < seen_to)
+        for column in range(0, head_dim, width):
+            part = v_tile.at[pl.ds(first, ROWS), pl.ds(column, width)]
+            values = spread(part[...], interpret)
+            part[...] = jnp.where(is_seen, values, jnp.zeros_like(values))
     plgpu.commit_smem()
 
 
@@ -174,6 +175,57 @@ class Ring(NamedTuple):
     tiles: Any  # [stages, block_kv, head_dim]
     full: Any  # [stages] barriers: the copies of a block have arrived
     free: Any  # [stages] barriers: a block has been read, and another will follow
+
+
+def ring_types(
+    head_dim: int, dtype: Any, pages: jax.Array, blocks: Any, *, readers: int
+) -> dict[str, Any]:
+    """Returns the scratch of two rings; `readers` warpgroups free a block."""
+    copies = max(1, blocks.block_kv // pages.shape[1])
+    types = {"v_raw": plgpu.Barrier(num_arrivals=copies)}
+    for side in ("k", "v"):
+        types |= {
+            f"{side}_tiles": tile(blocks.block_kv, head_dim, dtype, copies=blocks.stages),
+            f"{side}_full": plgpu.Barrier(num_arrivals=copies, num_barriers=blocks.stages),
+            f"{side}_free": plgpu.Barrier(num_arrivals=readers, num_barriers=blocks.stages),
+        }
+    return types
+
+
+def visit(
+    block: jax.Array,  # [] i32
+    begin: jax.Array,  # [] i32
+    end: jax.Array,  # [] i32
+    state: Softmax,
+    q_tile,  # [ROWS, head_dim]
+    k_ring: Ring,
+    v_ring: Ring,
+    factor: jax.Array,  # [] f32, makes a product of stored numbers a logit
+    soft_cap: float | None,
+    mask: Callable[[jax.Array, jax.Array], jax.Array] | None,
+    interpret: bool,
+) -> Softmax:
+    """Returns the state with one of the blocks `[begin, end)`, and frees its place in the rings."""
+    stages = k_ring.tiles.shape[0]
+    slot = lax.rem(block - begin, jnp.int32(stages))
+
+    def free(ring: Ring) -> None:
+        # An arrival that nobody waits for would be left over when the kernel ends.
+        @pl.when(block + stages < end)
+        def _arrive():
+            plgpu.barrier_arrive(ring.free.at[slot])
+
+    plgpu.barrier_wait(k_ring.full.at[slot])
+    logits = logits_of(q_tile, k_ring.tiles.at[slot], factor, soft_cap, interpret)
+    free(k_ring)
+    if mask is not None:
+        logits = mask(logits, block)
+    state, weight = weigh(state, logits)
+    state, weight = lax.optimization_barrier((state, weight.astype(v_ring.tiles.dtype)))
+    plgpu.barrier_wait(v_ring.full.at[slot])
+    state = add_values(state, weight, v_ring.tiles.at[slot], interpret)
+    free(v_ring)
+    return state
 
 
 def load_blocks(
