@@ -81,7 +81,8 @@ def attend_decode(
     num_items = items.shape[0]
     scratch = {
         "q_tile": tiles.tile(ROWS, head_dim, q.dtype, copies=1),
-        "value_tile": plgpu.SMEM((ROWS, head_dim), jnp.float32),
+        # In halves: so that two programs fit the shared memory of an SM.
+        "value_tile": plgpu.SMEM((ROWS, head_dim // 2), jnp.float32),
         "stats_tile": plgpu.SMEM((2, ROWS), jnp.float32),
         "q_full": plgpu.Barrier(),
         **tiles.ring_types(head_dim, q.dtype, cache[0], blocks, readers=1),
@@ -128,7 +129,7 @@ def _item_kernel(
     q_tile,  # [1, ROWS, head_dim]
     k_tiles,  # [stages, block_kv, head_dim]
     v_tiles,  # [stages, block_kv, head_dim]
-    value_tile,  # [ROWS, head_dim] f32
+    value_tile,  # [ROWS, head_dim / 2] f32
     stats_tile,  # [2, ROWS] f32
     q_full,
     k_full,
@@ -184,15 +185,17 @@ def _item_kernel(
             interpret,
         )
         state = lax.fori_loop(begin, end, visit, state)
-        value_tile[...] = state.value
         stats_tile[0] = state.peak
         stats_tile[1] = state.total
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(
-            value_tile.at[pl.ds(0, group_size)], partial_values.at[item, group]
-        )
         plgpu.copy_smem_to_gmem(stats_tile, partial_stats.at[item, group])
-        plgpu.wait_smem_to_gmem(0)
+        width = value_tile.shape[1]
+        for column in range(0, head_dim, width):
+            value_tile[...] = state.value[:, column : column + width]
+            plgpu.commit_smem()
+            target = partial_values.at[item, group, :, pl.ds(column, width)]
+            plgpu.copy_smem_to_gmem(value_tile.at[pl.ds(0, group_size)], target)
+            plgpu.wait_smem_to_gmem(0)
 
 
 def _merge(
