@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.ragged_paged_attention import reference
 
-Backend: TypeAlias = Literal["reference"]
+Backend: TypeAlias = Literal["reference", "gpu"]
 
 # Keys and values of one layer; what the arrays mean is the backend's own affair (`KVLayout`).
 LayerCache: TypeAlias = tuple[jax.Array, ...]
@@ -54,6 +54,10 @@ class _Module(Protocol):
 
 
 def _module(backend: Backend) -> _Module:
+    if backend == "gpu":
+        from pallas_kernels.ragged_paged_attention import gpu  # Pallas takes a second to import
+
+        return gpu
     assert backend == "reference", backend
     return reference
 
