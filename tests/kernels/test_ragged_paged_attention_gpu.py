@@ -64,7 +64,8 @@ def run_case(lens, interpret, *, scales=(None, None), blocks=SPLIT, attention=No
     batch = ragged_batch(lens, dtype=jnp.bfloat16 if is_narrow else dtype, **options)
     if is_narrow:
         batch = quantized(batch, dtype, scales)
-    cache = tuple(jnp.asarray(side, dtype) for side in stored(batch, scales))
+    sides = zip((batch.keys, batch.values), scales, strict=True)
+    cache = tuple(jnp.asarray(codes(side, dtype, scale), dtype) for side, scale in sides)
     layout = layout_for(
         "gpu", page_size=cache[0].shape[1], kv_heads=cache[0].shape[2],
         head_dim=cache[0].shape[3], dtype=dtype,
@@ -78,36 +79,31 @@ def run_case(lens, interpret, *, scales=(None, None), blocks=SPLIT, attention=No
     )  # fmt: skip
     arrays = jax.tree.map(jnp.asarray, (batch.q, batch.k, batch.v, cache, *batch.tables()))
     out, cache = jax.jit(attend, donate_argnums=3)(*arrays)
-    after = stored(dataclasses.replace(batch, **dict(zip(("keys", "values"), batch.cache_after(), strict=True))), scales)  # fmt: skip  # noqa: E501
-    for side, expected in zip(cache, after, strict=True):
-        np.testing.assert_array_equal(np.asarray(side).astype(np.float32), expected)
+    for side, expected, scale in zip(cache, batch.cache_after(), scales, strict=True):
+        actual = np.asarray(side).astype(np.float32)
+        np.testing.assert_array_equal(actual, codes(expected, dtype, scale))
     return np.asarray(out)[: batch.num_rows], batch.expected(scale=0.25, **attention)
 
 
 def quantized(batch, dtype, scales):
-    """Returns the batch with the keys and values that pages of `dtype` can hold."""
-
-    def round_to(x, scale):
-        x = x / scale
-        x = np.rint(x) if dtype == jnp.int8 else x
-        return np.where(np.isnan(x), 0, x).astype(dtype).astype(np.float32) * scale
-
-    k_scale, v_scale = scales
+    """Returns the batch with the numbers that scaled pages of `dtype` can hold."""
     return dataclasses.replace(
         batch,
-        k=round_to(batch.k, k_scale),
-        v=round_to(batch.v, v_scale),
-        keys=round_to(batch.keys, k_scale),
-        values=round_to(batch.values, v_scale),
+        **{
+            name: codes(getattr(batch, name), dtype, scale) * np.float32(scale)
+            for name, scale in zip(("k", "keys", "v", "values"), np.repeat(scales, 2), strict=True)
+        },
     )
 
 
-def stored(batch, scales):
-    """Returns what the pages hold."""
-    return [
-        side if scale is None else side / np.float32(scale)
-        for side, scale in zip((batch.keys, batch.values), scales, strict=True)
-    ]
+def codes(x, dtype, scale):
+    """Returns what pages of `dtype` hold for numbers, as float32; junk stays as bad as it can be."""
+    if scale is None:
+        return x
+    x = x / np.float32(scale)
+    if dtype == jnp.int8:
+        x = np.where(np.isnan(x), 127.0, np.rint(x))
+    return x.astype(dtype).astype(np.float32)
 
 
 def check(actual, expected):
