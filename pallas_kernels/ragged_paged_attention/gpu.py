@@ -7,9 +7,10 @@ and shared memory, and a launch costs less than a program that is made for both.
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from pallas_kernels.ragged_paged_attention.gpu_blocks import (
     Blocks,
@@ -86,7 +87,7 @@ def attend(
     parts = -(-group // ROWS)
     grouped = _group_heads(q.astype(compute_dtype(stored)), kv_heads, parts)
     grouped_sinks = _group_heads(sinks.astype(jnp.float32)[None, :, None], kv_heads, parts)
-    options = {
+    options: dict[str, Any] = {
         "sliding_window": sliding_window,
         "soft_cap": soft_cap,
         "out_dtype": compute_dtype(stored),
@@ -157,7 +158,7 @@ def write(
 
 
 def _stored(rows: jax.Array, scale: jax.Array | None, dtype: jnp.dtype) -> jax.Array:
-    """Returns rows as pages of `dtype` keep them: 8-bit types saturate, and integers are rounded."""
+    """Returns rows as pages of `dtype` keep them: 8-bit types saturate, integers are rounded."""
     if scale is not None:
         rows = rows.astype(jnp.float32) / scale.astype(jnp.float32)
     if dtype.itemsize > 1:

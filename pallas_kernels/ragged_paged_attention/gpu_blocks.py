@@ -34,11 +34,26 @@ class Blocks:
     prefill: PrefillBlocks = PrefillBlocks()
 
 
-# By the largest head size they serve. Registers decide: the accumulator takes head_dim / 2 of a
-# thread's, the logits block_kv / 2.
+# By the largest head size they serve. Registers bound the blocks: of a thread's, the accumulator
+# takes head_dim / 2 and the logits block_kv / 2. Shared memory bounds the stages: two decode
+# programs share an SM's, but for head sizes above 128.
 _TABLE = {
-    128: Blocks(),
-    256: Blocks(prefill=PrefillBlocks(warpgroups=1, block_kv=64)),
+    64: Blocks(decode=DecodeBlocks(stages=4), prefill=PrefillBlocks(stages=3)),
+    80: Blocks(decode=DecodeBlocks(stages=3), prefill=PrefillBlocks(stages=3)),
+    128: Blocks(decode=DecodeBlocks(stages=2), prefill=PrefillBlocks(stages=2)),
+    256: Blocks(
+        decode=DecodeBlocks(programs=2 * 132),
+        prefill=PrefillBlocks(warpgroups=1, block_kv=64),
+    ),
+}
+# 8-bit pages need room for blocks as they are stored, too.
+_NARROW_TABLE = {
+    64: Blocks(decode=DecodeBlocks(stages=2), prefill=PrefillBlocks(stages=2)),
+    128: Blocks(decode=DecodeBlocks(stages=1), prefill=PrefillBlocks(block_kv=64)),
+    256: Blocks(
+        decode=DecodeBlocks(stages=1, programs=2 * 132),
+        prefill=PrefillBlocks(warpgroups=1, block_kv=64, stages=1),
+    ),
 }
 _PAGE_SIZES = (8, 16, 32, 64, 128, 256)
 _DTYPES = ("bfloat16", "float16", "float8_e4m3fn", "float8_e5m2", "int8")
@@ -51,16 +66,16 @@ def compute_dtype(stored: jnp.dtype) -> jnp.dtype:
 
 def blocks_for(head_dim: int, stored: jnp.dtype) -> Blocks:
     """Returns the sizes for a head size and a type of pages."""
-    del stored
-    return next(blocks for largest, blocks in _TABLE.items() if head_dim <= largest)
+    table = _NARROW_TABLE if stored.itemsize == 1 else _TABLE
+    return next(blocks for largest, blocks in table.items() if head_dim <= largest)
 
 
 def check_pages(*, page_size: int, head_dim: int, dtype: jnp.dtype) -> None:
     """Raises ValueError for pages that the kernels cannot read."""
     if dtype.name not in _DTYPES:
         raise ValueError(
-            f"KV dtype {dtype.name} is not among {_DTYPES}: the GPU's matrix instruction multiplies "
-            "no float32"
+            f"KV dtype {dtype.name} is not among {_DTYPES}: "
+            "the GPU's matrix instruction multiplies no float32"
         )
     if page_size not in _PAGE_SIZES:
         raise ValueError(f"{page_size=} is not among {_PAGE_SIZES}")

@@ -31,4 +31,3 @@ def transposed(ref: Any) -> Any:
     if hasattr(ref, "transpose"):
         return ref.transpose((1, 0))
     return plgpu.transpose_ref(ref, (1, 0))
-

@@ -179,9 +179,7 @@ def _figures_in(folder: Path) -> Iterator[tuple[str, KernelFigures]]:
         spills = re.findall(r"(\d+) bytes spill (?:stores|loads)", text)
         assert registers is not None, text
         name = re.sub(r"_\d+$", "", listing.stem)
-        shared = re.findall(
-            r"dynamic_shared_memory_size %c(\d+)_i32", _text(folder, listing.stem)
-        )
+        shared = re.findall(r"dynamic_shared_memory_size %c(\d+)_i32", _text(folder, listing.stem))
         yield (
             name,
             KernelFigures(
