@@ -21,6 +21,7 @@ from pallas_kernels.ragged_paged_attention.gpu_blocks import (
 from pallas_kernels.ragged_paged_attention.gpu_decode import attend_decode
 from pallas_kernels.ragged_paged_attention.gpu_prefill import attend_prefill
 from pallas_kernels.ragged_paged_attention.gpu_tiles import MASKED, ROWS
+from pallas_kernels.ragged_paged_attention.rows import cache_rows, to_stored
 
 
 def page_shapes(
@@ -36,14 +37,14 @@ def page_shapes(
     return (pages, pages)
 
 
-def why_not(compute_capability: str) -> str | None:
-    """Returns why the kernels cannot serve a device ("8.9"), or None where they can."""
-    major, _, _ = compute_capability.partition(".")
-    if major == "9":
+def device_refusal(device: jax.Device) -> str | None:
+    """Returns why the kernels cannot run on a device; None if they can."""
+    capability = str(device.compute_capability)
+    if capability.partition(".")[0] == "9":
         return None
     return (
-        f"the kernels use the matrix instruction of compute capability 9.0 (Hopper), "
-        f"which {compute_capability} does not have"
+        "the kernels use the matrix instruction of compute capability 9.0 (Hopper), "
+        f"which {capability} does not have"
     )
 
 
@@ -141,34 +142,23 @@ def write(
     v_scale: jax.Array | None,  # [] f32
 ) -> tuple[jax.Array, ...]:
     """Puts each token's key and value at its position's row; padding tokens write nowhere."""
-    tokens = k.shape[0]
     num_pages, page_size, kv_heads, head_dim = cache[0].shape
-    token = jnp.arange(tokens, dtype=jnp.int32)
-    sequence = (token[:, None] >= cu_q_lens[None, 1:]).sum(1, dtype=jnp.int32)
-    sequence = jnp.minimum(sequence, kv_lens.shape[0] - 1)
-    position = jnp.maximum(kv_lens[sequence] - cu_q_lens[sequence + 1] + token, 0)
-    row = page_table[sequence, position // page_size] * page_size + position % page_size
-    row = jnp.where(token < cu_q_lens[counts[1]], row, num_pages * page_size)
+    row = cache_rows(
+        kv_lens,
+        page_table,
+        cu_q_lens,
+        counts,
+        tokens=k.shape[0],
+        num_pages=num_pages,
+        page_size=page_size,
+    )
 
     def put(pages: jax.Array, rows: jax.Array, scale: jax.Array | None) -> jax.Array:
         flat = pages.reshape(num_pages * page_size, kv_heads, head_dim)
-        return flat.at[row].set(_stored(rows, scale, pages.dtype), mode="drop").reshape(pages.shape)
+        rows = to_stored(rows, scale, pages.dtype)
+        return flat.at[row].set(rows, mode="drop").reshape(pages.shape)
 
     return put(cache[0], k, k_scale), put(cache[1], v, v_scale)
-
-
-def _stored(rows: jax.Array, scale: jax.Array | None, dtype: jnp.dtype) -> jax.Array:
-    """Returns rows as pages of `dtype` keep them: 8-bit types saturate, integers are rounded."""
-    if scale is not None:
-        rows = rows.astype(jnp.float32) / scale.astype(jnp.float32)
-    if dtype.itemsize > 1:
-        return rows.astype(dtype)
-    limits: jnp.finfo | jnp.iinfo
-    if jnp.issubdtype(dtype, jnp.integer):
-        limits, rows = jnp.iinfo(dtype), jnp.round(rows.astype(jnp.float32))
-    else:
-        limits, rows = jnp.finfo(dtype), rows.astype(jnp.float32)
-    return jnp.clip(rows, float(limits.min), float(limits.max)).astype(dtype)
 
 
 def _group_heads(

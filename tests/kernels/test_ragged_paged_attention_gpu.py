@@ -97,7 +97,7 @@ def quantized(batch, dtype, scales):
 
 
 def codes(x, dtype, scale):
-    """Returns what pages of `dtype` hold for numbers, as float32; junk stays as bad as it can be."""
+    """Returns what pages of `dtype` hold for numbers, as float32; junk stays as bad as can be."""
     if scale is None:
         return x
     x = x / np.float32(scale)
