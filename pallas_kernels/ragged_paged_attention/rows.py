@@ -16,7 +16,7 @@ def cache_rows(
     num_pages: int,
     page_size: int,
 ) -> jax.Array:  # [tokens] i32
-    """Returns each token's row in the cache seen as `[pages * page_size]`; past its end if padding."""
+    """Returns each token's row of `[pages * page_size]`, or one past the end for padding."""
     token = jnp.arange(tokens, dtype=jnp.int32)
     sequence = (token[:, None] >= cu_q_lens[None, 1:]).sum(1, dtype=jnp.int32)
     sequence = jnp.minimum(sequence, kv_lens.shape[0] - 1)
