@@ -22,47 +22,61 @@ def logits_of(
     path: Path, tokens: list[int], *, chunks: tuple[int, ...]
 ) -> np.ndarray:  # [tokens, vocab] f32
     """Returns the logits after each token, computed `chunks` tokens at a time through pages."""
-    float32 = jnp.dtype(jnp.float32)
-    with open_checkpoint(path) as checkpoint:
-        model = abstract_model(
-            checkpoint.config, mesh_for("1"), dtype=float32, activation_dtype=float32
-        )
-        params = load_params(model, checkpoint, lambda done, total: None)
-    config = model.config
-    layout = layout_for(
-        "reference",
-        page_size=PAGE_SIZE,
-        kv_heads=config.num_kv_heads,
-        head_dim=config.head_dim,
-        dtype=float32,
-    )
-    num_pages = -(-len(tokens) // PAGE_SIZE)
-    cache = tuple(
-        tuple(jnp.full(leaf.shape, 1e3, leaf.dtype) for leaf in layout.shapes(num_pages + 3))
-        for _ in range(config.num_layers)
-    )
-    pages = np.random.default_rng(0).permutation(num_pages + 3)[:num_pages].astype(np.int32)
+    return Forward(path, max_tokens=len(tokens)).logits(tokens, chunks=chunks)
 
-    @jax.jit
-    def forward(params, batch, cache):
-        module = nnx.merge(model.graph, jax.tree.unflatten(model.tree, params))
-        hidden, cache = module(batch, cache)
-        return module.logits(hidden), cache
 
-    rows, start = [], 0
-    for count in chunks:
-        position = np.arange(start, start + count, dtype=np.int32)
-        batch = Batch(
-            tokens=jnp.asarray(tokens[start : start + count], jnp.int32),
-            positions=jnp.asarray(position),
-            kv_lens=jnp.array([start + count], jnp.int32),
-            page_table=jnp.asarray(pages[None]),
-            cu_q_lens=jnp.array([0, count], jnp.int32),
-            counts=jnp.array([count == 1, 1], jnp.int32),
-            attention="reference",
+class Forward:
+    """A loaded model in float32; a program is compiled once for each size of chunk."""
+
+    def __init__(self, path: Path, *, max_tokens: int) -> None:
+        float32 = jnp.dtype(jnp.float32)
+        with open_checkpoint(path) as checkpoint:
+            model = abstract_model(
+                checkpoint.config, mesh_for("1"), dtype=float32, activation_dtype=float32
+            )
+            self._params = load_params(model, checkpoint, lambda done, total: None)
+        layout = layout_for(
+            "reference",
+            page_size=PAGE_SIZE,
+            kv_heads=model.config.num_kv_heads,
+            head_dim=model.config.head_dim,
+            dtype=float32,
         )
-        logits, cache = forward(params, batch, cache)
-        rows.append(np.asarray(logits))
-        start += count
-    assert start == len(tokens)
-    return np.concatenate(rows)
+        self._num_pages = -(-max_tokens // PAGE_SIZE)
+        # Junk, which must stay unseen.
+        self._cache = tuple(
+            tuple(
+                jnp.full(leaf.shape, 1e3, leaf.dtype) for leaf in layout.shapes(self._num_pages + 3)
+            )
+            for _ in range(model.config.num_layers)
+        )
+
+        @jax.jit
+        def forward(params, batch, cache):
+            module = nnx.merge(model.graph, jax.tree.unflatten(model.tree, params))
+            hidden, cache = module(batch, cache)
+            return module.logits(hidden), cache
+
+        self._forward = forward
+
+    def logits(
+        self, tokens: list[int], *, chunks: tuple[int, ...]
+    ) -> np.ndarray:  # [tokens, vocab] f32
+        """Returns the logits after each token, computed `chunks` tokens at a time."""
+        pages = np.random.default_rng(0).permutation(self._num_pages + 3)[: self._num_pages]
+        cache, rows, start = self._cache, [], 0
+        for count in chunks:
+            batch = Batch(
+                tokens=jnp.asarray(tokens[start : start + count], jnp.int32),
+                positions=jnp.arange(start, start + count, dtype=jnp.int32),
+                kv_lens=jnp.array([start + count], jnp.int32),
+                page_table=jnp.asarray(pages.astype(np.int32)[None]),
+                cu_q_lens=jnp.array([0, count], jnp.int32),
+                counts=jnp.array([count == 1, 1], jnp.int32),
+                attention="reference",
+            )
+            logits, cache = self._forward(self._params, batch, cache)
+            rows.append(np.asarray(logits))
+            start += count
+        assert start == len(tokens)
+        return np.concatenate(rows)
