@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import flax.struct
 import jax
 
 from pallas_kernels.ragged_paged_attention import Backend, LayerCache
 
-Cache: TypeAlias = tuple[LayerCache, ...]  # one entry for each layer
+
+@flax.struct.dataclass
+class ScaledCache:
+    """One layer's pages of 8-bit numbers; times the scales they are the keys and values."""
+
+    pages: LayerCache
+    k_scale: jax.Array  # [] f32
+    v_scale: jax.Array  # [] f32
+
+
+# For each layer a LayerCache or a ScaledCache: only attention looks into it.
+Cache: TypeAlias = tuple[Any, ...]
 
 
 @flax.struct.dataclass

@@ -43,7 +43,21 @@ class EngineConfig:
     revision: str = option("main", "Hub revision of the model")
     load_format: Literal["auto", "dummy"] = option("auto", "`dummy` makes random weights")
     dtype: Literal["auto", "bfloat16", "float32"] = option("auto", "type of the weights")
-    kv_cache_dtype: Literal["auto", "bfloat16", "float32"] = option("auto", "type of the KV cache")
+    quantization: Literal["auto", "int8", "int4", "fp8"] = option(
+        "auto",
+        "type that layers' matrices are quantised to at load (embeddings and head are not); "
+        "`auto` keeps what the checkpoint has, quantised or not",
+    )
+    kv_cache_dtype: Literal[
+        "auto", "bfloat16", "float32", "fp8", "fp8_e4m3", "fp8_e5m2", "int8"
+    ] = option(
+        "auto",
+        "type of the KV cache: `auto` is the weights', `fp8` is fp8_e4m3; fp8 and int8 take the "
+        "checkpoint's scales, else fp8 takes 1 and int8 measures its own",
+    )
+    attention_backend: Literal["auto", "reference", "tpu", "gpu"] = option(
+        "auto", "attention kernel; `auto` is the one made for the device, else the reference"
+    )
     max_model_len: int | Auto = option("auto", "context length in tokens", low=1)
     max_num_seqs: int | Auto = option("auto", "sequences that run at once (slots)", low=1)
     max_num_batched_tokens: int | Auto = option(

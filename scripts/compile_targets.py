@@ -28,6 +28,8 @@ os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # no metadata server tells wha
 os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
 os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")  # else libtpu complains
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for scripts.model_shapes
+
 import jax
 import numpy as np
 from jax.experimental import topologies
@@ -40,6 +42,7 @@ from jaxserve.engine.settings import Settings, dtypes_for, settings_for
 from jaxserve.engine.step import StepSpec
 from jaxserve.mesh import AXES
 from jaxserve.models.loading import abstract_model
+from scripts.model_shapes import MODELS
 
 H100_CONFIG = Path(__file__).resolve().parent / "targets" / "h100.txtpb"
 MAX_MODEL_LEN = 8192
@@ -60,45 +63,6 @@ TARGETS = {
     "v5p": Target(platform="tpu", topology="v5p:2x2x1"),
     "7x": Target(platform="tpu", topology="tpu7x:2x2x1"),
     "h100": Target(platform="gpu", topology="1x1x1"),
-}
-
-MODELS: dict[str, dict[str, Any]] = {  # as in their config.json
-    "smollm2-135m": {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "vocab_size": 49152,
-        "hidden_size": 576,
-        "intermediate_size": 1536,
-        "num_hidden_layers": 30,
-        "num_attention_heads": 9,
-        "num_key_value_heads": 3,
-        "rms_norm_eps": 1e-5,
-        "rope_theta": 100000.0,
-        "max_position_embeddings": 8192,
-        "tie_word_embeddings": True,
-    },
-    "llama-3.1-8b": {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "vocab_size": 128256,
-        "hidden_size": 4096,
-        "intermediate_size": 14336,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "head_dim": 128,
-        "rms_norm_eps": 1e-5,
-        "rope_theta": 500000.0,
-        "rope_scaling": {
-            "rope_type": "llama3",
-            "factor": 8.0,
-            "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 8192,
-        },
-        "max_position_embeddings": 131072,
-        "tie_word_embeddings": False,
-    },
 }
 
 # Weights alone fill the device: such a model needs a mesh.
@@ -170,12 +134,12 @@ def compile_case(case: Case, bucket_name: str) -> Program:
         model = abstract_model(
             hf_config, mesh, dtype=dtypes.weights, activation_dtype=dtypes.activations
         )
-        settings = settings_for(config, model, dtypes, platform)
+        settings = settings_for(config, model, dtypes, device)
         state = abstract_state(settings, NUM_PAGES, SingleDeviceSharding(device))
         spec = StepSpec(
             limits=settings.limits,
             max_logprobs=config.max_logprobs,
-            attention=settings.attention,
+            attention=settings.attention.backend,
         )
         bucket = named_buckets(settings)[bucket_name]
         started_s = time.monotonic()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import time
 from collections.abc import Callable, Sequence
@@ -10,11 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Sharding, SingleDeviceSharding
 
 from jaxserve.config import EngineConfig, compile_cache_path
 from jaxserve.engine.executables import ExecutableStore, private_directory
 from jaxserve.engine.info import EngineInfo, EngineStats
+from jaxserve.engine.kv_scales import kv_scales_for, with_scales
 from jaxserve.engine.pages import PagePool
 from jaxserve.engine.prefix_cache import PrefixCache
 from jaxserve.engine.request import Request, Update
@@ -40,7 +43,13 @@ from jaxserve.engine.settings import (
 from jaxserve.engine.step import DeviceState, StepSpec, init_state
 from jaxserve.mesh import mesh_for
 from jaxserve.models.checkpoint import open_checkpoint, resolve
-from jaxserve.models.loading import AbstractModel, abstract_model, dummy_params, load_params
+from jaxserve.models.loading import (
+    AbstractModel,
+    abstract_model,
+    dummy_params,
+    load_params,
+    stored_formats,
+)
 
 Report = Callable[[str], None]
 
@@ -77,7 +86,7 @@ class EngineCore:
             scheduling_policy=config.scheduling_policy,
             device=device_line(loaded.device),
             dtype=loaded.dtypes.weights.name,
-            attention=loaded.settings.attention,
+            attention=loaded.settings.attention.backend,
             num_programs=self._runner.num_programs,
             ready_s=time.monotonic() - started_s,
         )
@@ -186,12 +195,13 @@ class _Loaded:
     settings: Settings
     device: jax.Device
     eos_tokens: tuple[int, ...]
+    kv_scales: np.ndarray | None  # [layers, 2] f32, of keys and values
 
     def spec(self, max_logprobs: int) -> StepSpec:
         return StepSpec(
             limits=self.settings.limits,
             max_logprobs=max_logprobs,
-            attention=self.settings.attention,
+            attention=self.settings.attention.backend,
         )
 
 
@@ -200,16 +210,26 @@ def _load(config: EngineConfig, report: Report) -> _Loaded:
     mesh = mesh_for(config.mesh)
     device = mesh.devices.flat[0]
     dtypes = dtypes_for(config, device.platform)
-    with open_checkpoint(resolve(config.model, revision=config.revision)) as checkpoint:
+    is_dummy = config.load_format == "dummy"
+    path = resolve(config.model, revision=config.revision)
+    with open_checkpoint(path, has_weights=not is_dummy) as checkpoint:
         model = abstract_model(
-            checkpoint.config, mesh, dtype=dtypes.weights, activation_dtype=dtypes.activations
+            checkpoint.config,
+            mesh,
+            dtype=dtypes.weights,
+            activation_dtype=dtypes.activations,
+            quantization=config.quantization,
+            formats=stored_formats(checkpoint),
         )
-        settings = settings_for(config, model, dtypes, device.platform)
+        settings = settings_for(config, model, dtypes, device)
+        if settings.attention.warning is not None:
+            report(f"warning: {settings.attention.warning}")
         report(f"loading {config.model}: {model.num_params / 1e6:.0f}M parameters")
-        if config.load_format == "dummy":
+        if is_dummy:
             params = dummy_params(model, config.seed)
         else:
             params = load_params(model, checkpoint, progress(report, "loading"))
+        kv_scales = kv_scales_for(model, params, checkpoint, dtypes.kv_cache)
         eos_tokens = eos_tokens_of(checkpoint.config, checkpoint.generation_config)
     return _Loaded(
         model=model,
@@ -218,6 +238,7 @@ def _load(config: EngineConfig, report: Report) -> _Loaded:
         settings=settings,
         device=device,
         eos_tokens=eos_tokens,
+        kv_scales=kv_scales,
     )
 
 
@@ -270,7 +291,13 @@ def _make_runner(
     store = None
     if cache_dir is not None:
         store = ExecutableStore(
-            cache_dir, [loaded.device], loaded.model.config, loaded.dtypes, spec, num_pages
+            cache_dir,
+            [loaded.device],
+            loaded.model.config,
+            loaded.model.parameters,  # quantised or not, and how they are multiplied
+            loaded.dtypes,
+            spec,
+            num_pages,
         )
         store.prune()
     runner = Runner(spec=spec, params=loaded.params, state=_initial_state(loaded, num_pages))
@@ -292,7 +319,10 @@ def _buckets(settings: Settings) -> tuple[Bucket, ...]:
 
 def _initial_state(loaded: _Loaded, num_pages: int) -> DeviceState:
     sharding = SingleDeviceSharding(loaded.device)
-    return jax.jit(_state_maker(loaded.settings, num_pages), out_shardings=sharding)()
+    state = jax.jit(_state_maker(loaded.settings, num_pages), out_shardings=sharding)()
+    if loaded.kv_scales is None:
+        return state
+    return dataclasses.replace(state, cache=with_scales(state.cache, loaded.kv_scales))
 
 
 def abstract_state(settings: Settings, num_pages: int, sharding: Sharding) -> Any:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
-from jaxserve.batch import Batch, Cache, Model
+from jaxserve.batch import Batch, Cache, Model, ScaledCache
 from jaxserve.engine.packing import Limits, blob_layout, extras_layout
 from jaxserve.engine.request import (
     MAX_BAD_WORD_TOKENS,
@@ -33,7 +33,7 @@ from jaxserve.ops.sampling_state import (
     record_tokens,
     set_grammar,
 )
-from pallas_kernels.ragged_paged_attention import Backend, KVLayout
+from pallas_kernels.ragged_paged_attention import Backend, KVLayout, LayerCache
 
 Parts: TypeAlias = dict[str, jax.Array]
 
@@ -58,12 +58,9 @@ class StepSpec:
 
 
 def init_state(limits: Limits, layout: KVLayout, num_layers: int, num_pages: int) -> DeviceState:
-    """Returns the state of an idle engine: empty slots, zeroed pages."""
+    """Returns the state of an idle engine: empty slots, zeroed pages, scales of 1."""
     return DeviceState(
-        cache=tuple(
-            tuple(jnp.zeros(leaf.shape, leaf.dtype) for leaf in layout.shapes(num_pages))
-            for _ in range(num_layers)
-        ),
+        cache=tuple(_init_cache(layout, num_pages) for _ in range(num_layers)),
         page_table=jnp.zeros((limits.num_slots, limits.pages_per_sequence), jnp.int32),
         last_token=jnp.zeros((limits.num_slots,), jnp.int32),
         sampling=init_sampling_state(
@@ -75,6 +72,13 @@ def init_state(limits: Limits, layout: KVLayout, num_layers: int, num_pages: int
             max_stop_tokens=MAX_STOP_TOKENS + MAX_EOS_TOKENS,
         ),
     )
+
+
+def _init_cache(layout: KVLayout, num_pages: int) -> LayerCache | ScaledCache:
+    pages = tuple(jnp.zeros(leaf.shape, leaf.dtype) for leaf in layout.shapes(num_pages))
+    if layout.dtype.itemsize > 1:
+        return pages
+    return ScaledCache(pages=pages, k_scale=jnp.float32(1.0), v_scale=jnp.float32(1.0))
 
 
 def make_step(

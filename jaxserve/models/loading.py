@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,8 +15,28 @@ from jax.sharding import Mesh
 
 from jaxserve.errors import WeightError
 from jaxserve.mesh import sharding_for
-from jaxserve.models.checkpoint.contract import Checkpoint
+from jaxserve.models.checkpoint import Checkpoint, QuantizedCheckpoint, WeightFormat
+from jaxserve.models.checkpoint.kv_scales import KV_SCALE_NAMES
+from jaxserve.models.quantizing import (
+    TYPE_OF,
+    abstract_weight,
+    dummy_arrays,
+    load_time_format,
+    num_bytes,
+    quantized_arrays,
+)
 from jaxserve.models.registry import family_for
+from jaxserve.ops.quantization import QuantizedWeight
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parameter:
+    """One tensor of the checkpoint, and what the model holds of it."""
+
+    name: str  # as in Hugging Face checkpoints
+    dense: jax.ShapeDtypeStruct  # before it is quantised, with its sharding
+    value: jax.ShapeDtypeStruct | QuantizedWeight  # of ShapeDtypeStructs with shardings
+    is_stored_quantized: bool  # by the checkpoint
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,24 +45,39 @@ class AbstractModel:
 
     config: Any  # the family's
     graph: nnx.GraphDef[Any]
-    tree: jax.tree_util.PyTreeDef  # of the parameters; their flat order is that of `names`
-    names: tuple[str, ...]  # as in Hugging Face checkpoints
-    shapes: tuple[jax.ShapeDtypeStruct, ...]  # with shardings
+    tree: jax.tree_util.PyTreeDef  # of the parameters; their flat order is that of `shapes`
+    parameters: tuple[Parameter, ...]
     is_tied: bool
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The parameters' names, as in Hugging Face checkpoints."""
+        return tuple(parameter.name for parameter in self.parameters)
+
+    @property
+    def shapes(self) -> tuple[jax.ShapeDtypeStruct, ...]:
+        """The arrays that hold the parameters, several for a quantised one, with shardings."""
+        return tuple(jax.tree.leaves([parameter.value for parameter in self.parameters]))
 
     @property
     def num_params(self) -> int:
         """The number of weights."""
-        return sum(shape.size for shape in self.shapes)
+        return sum(parameter.dense.size for parameter in self.parameters)
 
     @property
     def param_bytes(self) -> int:
         """The bytes the parameters take, all devices together."""
-        return sum(shape.size * shape.dtype.itemsize for shape in self.shapes)
+        return sum(num_bytes(shape) for shape in self.shapes)
 
 
 def abstract_model(
-    hf_config: dict[str, Any], mesh: Mesh, *, dtype: jnp.dtype, activation_dtype: jnp.dtype
+    hf_config: dict[str, Any],
+    mesh: Mesh,
+    *,
+    dtype: jnp.dtype,
+    activation_dtype: jnp.dtype,
+    quantization: str = "auto",  # of matrices at load, as `EngineConfig` has it
+    formats: Mapping[str, WeightFormat] | None = None,  # of what the checkpoint holds quantised
 ) -> AbstractModel:
     """Returns the model that a Hugging Face config describes; WeightError if it is unknown."""
     family = family_for(hf_config)
@@ -50,25 +85,47 @@ def abstract_model(
         config = family.config.from_hf(hf_config)
     except KeyError as error:
         raise WeightError(f"config.json: lacks {error.args[0]!r}") from error
+    formats = formats or {}
+    _check_request(quantization, formats)
     build = functools.partial(family.model, config, dtype=dtype, activation_dtype=activation_dtype)
     graph, state = nnx.split(nnx.eval_shape(build))
-    leaves, tree = jax.tree.flatten(state)
-    flat = nnx.to_flat_state(state)
-    names = tuple(".".join(str(part) for part in path) for path, _ in flat)
-    shapes = tuple(
-        jax.ShapeDtypeStruct(
-            leaf.shape, leaf.dtype, sharding=sharding_for(mesh, variable.get_metadata("axes"))
+    flat, parameters = [], []
+    for path, variable in nnx.to_flat_state(state):
+        name = ".".join(str(part) for part in path)
+        axes = variable.get_metadata("axes")
+        leaf = variable.get_value()
+        dense = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding_for(mesh, axes))
+        format = formats.get(name)
+        if format is None and not formats:
+            format = load_time_format(quantization, axes, leaf.shape)
+        value = dense if format is None else abstract_weight(format, dense, axes, mesh)
+        flat.append((path, variable.replace(value)))
+        parameters.append(
+            Parameter(name=name, dense=dense, value=value, is_stored_quantized=name in formats)
         )
-        for leaf, (_, variable) in zip(leaves, flat, strict=True)
-    )
-    return AbstractModel(
+    model = AbstractModel(
         config=config,
         graph=graph,
-        tree=tree,
-        names=names,
-        shapes=shapes,
+        tree=jax.tree.structure(nnx.from_flat_state(flat)),
+        parameters=tuple(parameters),
         is_tied=config.is_tied,
     )
+    assert model.tree.num_leaves == len(model.shapes), (model.tree, model.shapes)
+    return model
+
+
+def _check_request(quantization: str, formats: Mapping[str, WeightFormat]) -> None:
+    types = sorted({format.type for format in formats.values()})
+    if types and quantization != "auto" and types != [TYPE_OF[quantization]]:
+        raise WeightError(
+            f"quantization is {quantization!r}; the checkpoint is quantised already, to "
+            f"{', '.join(types)}: leave the option out"
+        )
+
+
+def stored_formats(checkpoint: Checkpoint) -> Mapping[str, WeightFormat]:
+    """Returns how the parameters that a checkpoint holds quantised are quantised."""
+    return checkpoint.formats if isinstance(checkpoint, QuantizedCheckpoint) else {}
 
 
 def load_params(
@@ -76,14 +133,23 @@ def load_params(
 ) -> tuple[jax.Array, ...]:
     """Reads every parameter; each device's part is read alone. `report` gets (done, all).
 
+    A parameter is quantised on its device as it comes: never is more than one there as floats.
     Raises WeightError for a parameter that the checkpoint lacks, a tensor that no parameter uses,
     or a shape that differs.
     """
     _check_names(model, checkpoint)
-    params = []
-    for done, (name, shape) in enumerate(zip(model.names, model.shapes, strict=True)):
-        params.append(_load(name, shape, checkpoint))
-        report(done + 1, len(model.names))
+    params: list[jax.Array] = []
+    for done, parameter in enumerate(model.parameters):
+        if parameter.is_stored_quantized:
+            assert isinstance(checkpoint, QuantizedCheckpoint), parameter.name
+            params += _load_quantized(parameter, checkpoint)
+        else:
+            value, dense = parameter.value, _load(parameter, checkpoint)
+            if isinstance(value, QuantizedWeight):
+                params += quantized_arrays(value, dense)
+            else:
+                params.append(dense)
+        report(done + 1, len(model.parameters))
     return tuple(params)
 
 
@@ -91,19 +157,23 @@ def dummy_params(model: AbstractModel, seed: int) -> tuple[jax.Array, ...]:
     """Returns random parameters, for measuring without a checkpoint."""
     random = np.random.default_rng(seed)
 
-    def make(name: str, shape: jax.ShapeDtypeStruct) -> jax.Array:
-        is_norm = len(shape.shape) == 1
+    def make(parameter: Parameter) -> list[jax.Array]:
+        if isinstance(parameter.value, QuantizedWeight):
+            return dummy_arrays(parameter.value, random)
+        dense = parameter.dense
+        is_norm = len(dense.shape) == 1
         scale = 0.02 if not is_norm else 0.0
-        values = random.standard_normal(shape.shape, np.float32) * scale + float(is_norm)
-        return jax.device_put(values.astype(shape.dtype), shape.sharding)
+        values = random.standard_normal(dense.shape, np.float32) * scale + float(is_norm)
+        return [jax.device_put(values.astype(dense.dtype), dense.sharding)]
 
-    return tuple(make(*item) for item in zip(model.names, model.shapes, strict=True))
+    return tuple(array for parameter in model.parameters for array in make(parameter))
 
 
 def _check_names(model: AbstractModel, checkpoint: Checkpoint) -> None:
     wanted, found = set(model.names), set(checkpoint.names)
     # A tied checkpoint may store the head again; old ones store rope's frequencies.
     spare = {name for name in found - wanted if name.endswith("rotary_emb.inv_freq")}
+    spare |= {name for name in found - wanted if name.endswith(KV_SCALE_NAMES)}
     if model.is_tied:
         spare.add("lm_head.weight")
     for kind, names in (
@@ -113,15 +183,31 @@ def _check_names(model: AbstractModel, checkpoint: Checkpoint) -> None:
         if names:
             first = ", ".join(sorted(names)[:3])
             raise WeightError(f"the checkpoint {kind} {first} ({len(names)} in all)")
-    for name, shape in zip(model.names, model.shapes, strict=True):
-        if checkpoint.shape(name) != shape.shape:
+    for parameter in model.parameters:
+        name, shape = parameter.name, parameter.dense.shape
+        if checkpoint.shape(name) != shape:
             raise WeightError(
-                f"{name} has shape {checkpoint.shape(name)}; config.json asks for {shape.shape}"
+                f"{name} has shape {checkpoint.shape(name)}; config.json asks for {shape}"
             )
 
 
-def _load(name: str, shape: jax.ShapeDtypeStruct, checkpoint: Checkpoint) -> jax.Array:
-    def read(index: tuple[slice, ...] | None) -> np.ndarray:
-        return checkpoint.read(name, index).astype(shape.dtype)
+def _load(parameter: Parameter, checkpoint: Checkpoint) -> jax.Array:
+    dense = parameter.dense
 
-    return jax.make_array_from_callback(shape.shape, shape.sharding, read)
+    def read(index: tuple[slice, ...] | None) -> np.ndarray:
+        return checkpoint.read(parameter.name, index).astype(dense.dtype)
+
+    return jax.make_array_from_callback(dense.shape, dense.sharding, read)
+
+
+def _load_quantized(parameter: Parameter, checkpoint: QuantizedCheckpoint) -> list[jax.Array]:
+    """Returns the arrays of a matrix that the checkpoint holds quantised, as they lie there."""
+    stored = checkpoint.read_quantized(parameter.name)
+    arrays = [stored.data, stored.scale, stored.zero, stored.order, stored.input_scale]
+    shapes = jax.tree.leaves(parameter.value)
+    held = [array for array in arrays if array is not None]
+    assert [array.shape for array in held] == [shape.shape for shape in shapes], parameter.name
+    return [
+        jax.make_array_from_callback(shape.shape, shape.sharding, array.__getitem__)
+        for array, shape in zip(held, shapes, strict=True)
+    ]

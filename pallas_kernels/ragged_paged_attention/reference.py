@@ -12,6 +12,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+_DTYPES = tuple(
+    jnp.dtype(name) for name in ("float32", "bfloat16", "float8_e4m3fn", "float8_e5m2", "int8")
+)
 _MASKED = -1e30  # finite: the difference of two is 0, not NaN
 _GROUP = 8  # sequences whose keys stay in a core's cache from the gather to the product,
 _MAX_GROUPS = 4  # in so many groups at most: the program holds each, in each layer
@@ -21,8 +24,11 @@ def stored_dtype(dtype: jnp.dtype) -> jnp.dtype:
     """Returns the type that pages are kept in: 16-bit floats as their bits.
 
     XLA's CPU backend has no bfloat16 scatter: it would convert the whole cache to float32 and back
-    on every write.
+    on every write. ValueError for a type that `value_dtype` does not know.
     """
+    if dtype not in _DTYPES:
+        names = ", ".join(known.name for known in _DTYPES)
+        raise ValueError(f"KV pages cannot be {jnp.dtype(dtype).name}; they can be {names}")
     return jnp.dtype(jnp.uint16) if dtype == jnp.bfloat16 else jnp.dtype(dtype)
 
 
@@ -39,9 +45,39 @@ def page_shapes(
     return (pages, pages)
 
 
+def device_refusal(device: jax.Device) -> str | None:
+    """Returns None: plain XLA runs anywhere."""
+    del device
+    return None
+
+
 def value_dtype(stored: jnp.dtype) -> jnp.dtype:
-    """Returns the type that the bits in pages of type `stored` mean."""
-    return jnp.dtype(jnp.bfloat16) if stored == jnp.uint16 else jnp.dtype(stored)
+    """Returns the type that pages of type `stored` are multiplied in.
+
+    bfloat16 holds every int8 and every 8-bit float exactly.
+    """
+    return jnp.dtype(jnp.float32) if stored == jnp.float32 else jnp.dtype(jnp.bfloat16)
+
+
+def _from_stored(rows: jax.Array) -> jax.Array:
+    """Returns gathered rows of pages in their `value_dtype`."""
+    if rows.dtype.itemsize > 1:
+        return lax.bitcast_convert_type(rows, value_dtype(rows.dtype))
+    # Without the barrier the conversion would move into the product, element by element.
+    return lax.optimization_barrier(rows.astype(jnp.bfloat16))
+
+
+def _to_stored(
+    rows: jax.Array,  # any shape, float
+    dtype: jnp.dtype,  # of pages
+) -> jax.Array:
+    """Returns rows as pages hold them. 8-bit types saturate: float8 would become NaN instead."""
+    if dtype.itemsize > 1:
+        return lax.bitcast_convert_type(rows.astype(value_dtype(dtype)), dtype)
+    is_integer = jnp.issubdtype(dtype, jnp.integer)
+    top = float(jnp.iinfo(dtype).max if is_integer else jnp.finfo(dtype).max)
+    rows = rows.astype(jnp.float32)
+    return jnp.clip(jnp.round(rows) if is_integer else rows, -top, top).astype(dtype)
 
 
 class _Softmax(NamedTuple):
@@ -115,7 +151,6 @@ def _write(
 ) -> tuple[jax.Array, ...]:
     """Puts each token's key and value at its position's row; padding tokens write nowhere."""
     tokens = k.shape[0]
-    dtype = value_dtype(cache[0].dtype)
     num_pages, page_size, width = cache[0].shape
     token = jnp.arange(tokens, dtype=jnp.int32)
     sequence = (token[:, None] >= cu_q_lens[None, 1:]).sum(1, dtype=jnp.int32)
@@ -126,9 +161,12 @@ def _write(
 
     def put(pages: jax.Array, rows: jax.Array) -> jax.Array:
         flat = pages.reshape(num_pages * page_size, width)
-        rows = lax.bitcast_convert_type(rows.reshape(tokens, width).astype(dtype), pages.dtype)
+        rows = _to_stored(rows.reshape(tokens, width), pages.dtype)
+        if pages.dtype.itemsize == 1:  # as with bfloat16, only bits are written in place
+            flat = lax.bitcast_convert_type(flat, jnp.uint8)
+            rows = lax.bitcast_convert_type(rows, jnp.uint8)
         flat = flat.at[row].set(rows, mode="drop")
-        return flat.reshape(pages.shape)
+        return lax.bitcast_convert_type(flat, pages.dtype).reshape(pages.shape)
 
     return put(cache[0], k), put(cache[1], v)
 
@@ -191,7 +229,7 @@ def _visit_one(
     # without repacking it, if the barrier keeps the transposition out of the product.
     logits = jnp.einsum(
         "scx,shx->sch",
-        lax.bitcast_convert_type(keys, wide.dtype),
+        _from_stored(keys),
         wide,
         preferred_element_type=jnp.float32,
     )
@@ -200,7 +238,7 @@ def _visit_one(
     value = jnp.einsum(
         "shc,scx->shx",
         weight.astype(wide.dtype),
-        lax.bitcast_convert_type(values, wide.dtype),
+        _from_stored(values),
         preferred_element_type=jnp.float32,
     )
     return state._replace(value=state.value + _own_blocks(value, state.value.shape[2]))
@@ -320,7 +358,7 @@ def _visit_many(
     logits = jnp.einsum(
         "kqd,ckd->kqc",
         rows,
-        lax.bitcast_convert_type(keys, rows.dtype),
+        _from_stored(keys),
         preferred_element_type=jnp.float32,
     )
     is_seen = position[None, :] <= query_position[:, None]
@@ -330,7 +368,7 @@ def _visit_many(
     value = jnp.einsum(
         "kqc,ckd->kqd",
         weight.astype(rows.dtype),
-        lax.bitcast_convert_type(values, rows.dtype),
+        _from_stored(values),
         preferred_element_type=jnp.float32,
     )
     return state._replace(value=state.value + value)

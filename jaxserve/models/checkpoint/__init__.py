@@ -7,23 +7,42 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from jaxserve.models.checkpoint.contract import Checkpoint, TokenizerFiles
+from jaxserve.models.checkpoint.contract import Checkpoint, TokenizerFiles, WeightFormat
 from jaxserve.models.checkpoint.gguf import GgufCheckpoint
 from jaxserve.models.checkpoint.gguf_tokenizer import gguf_tokenizer_files
 from jaxserve.models.checkpoint.hub import resolve
+from jaxserve.models.checkpoint.quantized import QuantizedCheckpoint
 from jaxserve.models.checkpoint.safetensors import SafetensorsCheckpoint
 from jaxserve.models.checkpoint.tokenizer_folder import folder_tokenizer_files
 
-__all__ = ["Checkpoint", "TokenizerFiles", "open_checkpoint", "resolve", "tokenizer_files"]
+__all__ = [
+    "Checkpoint",
+    "QuantizedCheckpoint",
+    "TokenizerFiles",
+    "WeightFormat",
+    "open_checkpoint",
+    "resolve",
+    "tokenizer_files",
+]
 
 
-def open_checkpoint(path: Path) -> Checkpoint:
+def open_checkpoint(path: Path, *, has_weights: bool = True) -> Checkpoint:
     """Opens a folder of safetensors or a .gguf file and checks every header in it.
 
-    Raises `WeightError`, naming the file and the tensor, for anything truncated, corrupt or
-    unsupported, before any weight is read.
+    Without `has_weights`, a folder need hold no more than config.json. Raises `WeightError`, naming
+    the file and the tensor, for anything truncated, corrupt or unsupported, before any weight is
+    read.
     """
-    return SafetensorsCheckpoint(path) if path.is_dir() else GgufCheckpoint(path)
+    if not path.is_dir():
+        return GgufCheckpoint(path)
+    checkpoint = SafetensorsCheckpoint(path, has_weights=has_weights)
+    if not checkpoint.config.get("quantization_config"):
+        return checkpoint
+    try:
+        return QuantizedCheckpoint(checkpoint)
+    except BaseException:
+        checkpoint.close()
+        raise
 
 
 def tokenizer_files(path: Path) -> TokenizerFiles:

@@ -6,11 +6,46 @@ Host only: imports no jax.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Protocol, Self
+from typing import Any, Literal, Protocol, Self
 
 import numpy as np
 
+from jaxserve.errors import WeightError
+
 Index = tuple[slice, ...]  # one slice for each dimension, step 1; as jax hands them to callbacks
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightFormat:
+    """How a matrix `[out, in]` is quantised: `rows` times `columns` entries share a scale."""
+
+    type: Literal["int4", "int8", "float8_e4m3fn"]
+    rows: int = 1
+    columns: int | None = None  # None: all
+    has_zero: bool = False
+    has_order: bool = False  # columns are stored in another order (GPTQ's activation order)
+    activations: Literal["float", "dynamic", "static"] = "float"  # may be quantised too, so
+
+    def num_groups(self, in_size: int) -> int:
+        """Returns how many scales a row has; WeightError where columns do not divide `in_size`."""
+        if self.columns is None:
+            return 1
+        if in_size % self.columns:
+            raise WeightError(
+                f"{self.columns} columns share a scale; they do not divide a width of {in_size}"
+            )
+        return in_size // self.columns
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredWeight:
+    """A quantised matrix as `ops.quantization.QuantizedWeight` holds it, on the host."""
+
+    data: np.ndarray  # [out, in]
+    scale: np.ndarray  # [groups, out / rows, rounded up] f32
+    zero: np.ndarray | None = None  # [groups, out] i8
+    order: np.ndarray | None = None  # [in] i32
+    input_scale: np.ndarray | None = None  # [] f32
 
 
 class Checkpoint(Protocol):

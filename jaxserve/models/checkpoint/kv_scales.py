@@ -1,0 +1,42 @@
+"""Reads the scales of keys and values that some quantised checkpoints bring.
+
+Host only: imports no jax.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from jaxserve.errors import WeightError
+from jaxserve.models.checkpoint.contract import Checkpoint
+
+# compressed-tensors; AutoFP8 and TensorRT's; compressed-tensors before 0.6.
+_NAMES = (
+    ("self_attn.k_scale", "self_attn.v_scale"),
+    ("self_attn.k_proj.k_scale", "self_attn.v_proj.v_scale"),
+    ("self_attn.k_proj.output_scale", "self_attn.v_proj.output_scale"),
+)
+KV_SCALE_NAMES = tuple(f".{name}" for pair in _NAMES for name in pair)
+_LARGEST = {"float": 448.0, "int": 127.0}
+
+
+def read_kv_peaks(checkpoint: Checkpoint, num_layers: int) -> np.ndarray | None:
+    """Returns the largest key and value that each layer's scales allow for: [layers, 2] f32.
+
+    None where the checkpoint has no scales; WeightError where only some layers do.
+    """
+    scheme = (checkpoint.config.get("quantization_config") or {}).get("kv_cache_scheme")
+    kind = scheme.get("type", "float") if isinstance(scheme, dict) else "float"
+    names = set(checkpoint.names)
+    for pair in _NAMES:
+        wanted = [f"model.layers.{layer}.{name}" for layer in range(num_layers) for name in pair]
+        missing = [name for name in wanted if name not in names]
+        if len(missing) == len(wanted):
+            continue
+        if missing:
+            raise WeightError(
+                f"the checkpoint lacks {missing[0]}, but has such scales of other layers"
+            )
+        scales = [float(checkpoint.read(name).astype(np.float32).reshape(-1)[0]) for name in wanted]
+        return np.array(scales, np.float32).reshape(num_layers, 2) * np.float32(_LARGEST[kind])
+    return None
