@@ -87,7 +87,7 @@ def write_llama_folder(
         path / "generation_config.json",
         {"bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 2},
     )
-    _write_tokenizer(path, vocab, max_position_embeddings)
+    write_tokenizer(path, vocab, max_position_embeddings)
     write_shards(path, llama_tensors(config, seed=seed, scale=scale), shards)
     return path
 
@@ -148,7 +148,8 @@ def write_json(path: Path, document: dict[str, Any]) -> None:
     path.write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _write_tokenizer(path: Path, vocab: int, max_length: int) -> None:
+def write_tokenizer(path: Path, vocab: int, max_length: int) -> None:
+    """Writes a byte-level BPE of exactly `vocab` tokens, and its configuration, to a folder."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -237,7 +238,7 @@ def write_llama_gguf(path: Path, folder: Path, *, kind: Literal["F32", "Q8_0"] =
         writer.add_rope_scaling_factor(scaling["factor"])
     if scaling.get("rope_type") == "llama3":
         writer.add_tensor("rope_freqs.weight", llama3_factors(config))
-    _add_byte_level_tokenizer(writer, folder)
+    add_byte_level_tokenizer(writer, folder)
     for name, tensor in sorted(folder_tensors(folder).items()):
         writer_name = _gguf_name(name)
         values = tensor.astype(np.float32)
@@ -339,7 +340,8 @@ def _gguf_name(name: str) -> str:
     return found
 
 
-def _add_byte_level_tokenizer(writer: Any, folder: Path) -> None:
+def add_byte_level_tokenizer(writer: Any, folder: Path) -> None:
+    """Adds the tokenizer of `write_tokenizer` to a gguf.GGUFWriter."""
     tokenizer = json.loads((folder / "tokenizer.json").read_text())
     vocab: dict[str, int] = dict(tokenizer["model"]["vocab"])
     types = dict.fromkeys(vocab, gguf.TokenType.NORMAL)
