@@ -17,9 +17,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.ragged_paged_attention import gpu_tiles as tiles
-from pallas_kernels.ragged_paged_attention.gpu_blocks import DecodeBlocks
+from pallas_kernels.ragged_paged_attention.gpu_blocks import ROWS, DecodeBlocks
 from pallas_kernels.ragged_paged_attention.gpu_compat import compiler_params, interpreter
-from pallas_kernels.ragged_paged_attention.gpu_tiles import MASKED, ROWS
+from pallas_kernels.ragged_paged_attention.gpu_tiles import MASKED
 
 
 def items_of(

@@ -18,9 +18,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.ragged_paged_attention import gpu_tiles as tiles
-from pallas_kernels.ragged_paged_attention.gpu_blocks import PrefillBlocks
+from pallas_kernels.ragged_paged_attention.gpu_blocks import ROWS, PrefillBlocks
 from pallas_kernels.ragged_paged_attention.gpu_compat import compiler_params, interpreter
-from pallas_kernels.ragged_paged_attention.gpu_tiles import MASKED, ROWS
+from pallas_kernels.ragged_paged_attention.gpu_tiles import MASKED
 
 # Two warpgroups that compute and one that loads share the 65,536 registers of an SM.
 COMPUTE_REGISTERS, LOADER_REGISTERS = 224, 56
