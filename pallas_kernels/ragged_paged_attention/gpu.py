@@ -77,6 +77,8 @@ def attend(
     if blocks is None:
         blocks = blocks_for(head_dim, stored)
     check_blocks(blocks, head_dim, stored)
+    if sliding_window is not None and sliding_window >= page_table.shape[1] * page_size:
+        sliding_window = None  # no context is longer
     cache = write(cache, k, v, kv_lens, page_table, cu_q_lens, counts, k_scale, v_scale)
 
     # [1] f32: the kernels' products are of stored keys.

@@ -90,31 +90,36 @@ def check_pages(*, page_size: int, head_dim: int, dtype: jnp.dtype) -> None:
         raise ValueError(f"{head_dim=} must be a multiple of 16, at most {max(_TABLE)}")
 
 
+def shared_bytes(sizes: DecodeBlocks | PrefillBlocks, head_dim: int, stored: jnp.dtype) -> int:
+    """Returns at least the bytes of shared memory that a program takes, and 4 KiB more at most."""
+    warpgroups = sizes.warpgroups if isinstance(sizes, PrefillBlocks) else 1
+    # Queries in 16 bits, and outputs in as many bytes: decode writes float32 in halves.
+    tiles = 2 * warpgroups * ROWS * head_dim * 2
+    ring = 2 * sizes.stages * sizes.block_kv * head_dim * 2
+    if stored.itemsize == 1:
+        ring += 2 * RAW_STAGES * sizes.block_kv * head_dim
+    return tiles + ring + _RESERVED_BYTES
+
+
 def check_blocks(blocks: Blocks, head_dim: int, stored: jnp.dtype) -> None:
     """Raises ValueError for sizes that do not fit the shared memory or the registers of an SM."""
-    decode, prefill = blocks.decode, blocks.prefill
-    for name, sizes, warpgroups, out_bytes in (
-        ("decode", decode, 1, ROWS * head_dim * 2),  # half a tile of float32
-        ("prefill", prefill, prefill.warpgroups, prefill.warpgroups * ROWS * head_dim * 2),
-    ):
+    for sizes in (blocks.decode, blocks.prefill):
+        warpgroups = sizes.warpgroups if isinstance(sizes, PrefillBlocks) else 1
         if sizes.block_kv % ROWS or sizes.stages < 1 or warpgroups not in _REGISTERS:
             raise ValueError(
-                f"{name} {sizes} must have block_kv a multiple of {ROWS}, a stage or more, and "
+                f"{sizes} must have block_kv a multiple of {ROWS}, a stage or more, and "
                 f"warpgroups among {tuple(_REGISTERS)}"
             )
-        ring = 2 * sizes.stages * sizes.block_kv * head_dim * 2
-        if stored.itemsize == 1:
-            ring += 2 * RAW_STAGES * sizes.block_kv * head_dim
-        shared = warpgroups * ROWS * head_dim * 2 + out_bytes + ring + _RESERVED_BYTES
+        shared = shared_bytes(sizes, head_dim, stored)
         if shared > _SHARED_BYTES:
             raise ValueError(
-                f"{name} {sizes} with {head_dim=} and {stored.name} pages takes {shared} bytes of "
+                f"{sizes} with {head_dim=} and {stored.name} pages takes {shared} bytes of "
                 f"shared memory; the limit is {_SHARED_BYTES}"
             )
         # Accumulator and logits in float32, weights in 16 bits.
         registers = head_dim // 2 + sizes.block_kv // 2 + sizes.block_kv // 4 + _OTHER_REGISTERS
         if registers > _REGISTERS[warpgroups]:
             raise ValueError(
-                f"{name} {sizes} with {head_dim=} takes {registers} registers of a thread; "
+                f"{sizes} with {head_dim=} takes {registers} registers of a thread; "
                 f"the limit is {_REGISTERS[warpgroups]}"
             )

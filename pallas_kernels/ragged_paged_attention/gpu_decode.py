@@ -156,6 +156,7 @@ def _item_kernel(
         group_size = q.shape[2]
         plgpu.copy_gmem_to_smem(q.at[sequence, group], q_tile.at[0, pl.ds(0, group_size)], q_full)
         plgpu.barrier_wait(q_full)
+        logit_factor = factor[0]
 
         def mask(logits, block):
             position = tiles.count(logits.shape, 1, interpret) + block * block_kv
@@ -166,7 +167,7 @@ def _item_kernel(
 
         def visit(block, state):
             return tiles.visit(
-                block, state, stream, q_tile.at[0], factor[0], soft_cap, mask, interpret
+                block, state, stream, q_tile.at[0], logit_factor, soft_cap, mask, interpret
             )
 
         state = tiles.start(

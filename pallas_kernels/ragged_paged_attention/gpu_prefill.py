@@ -175,6 +175,7 @@ def _tile_kernel(
         q_tile[...] = tiles.spread(staging[...], interpret)
         plgpu.commit_smem()
         own_position = position + warpgroup * tokens
+        logit_factor = factor[0]
 
         def mask(logits, block):
             # Row r has position own_position + r // group_size; products spare the division.
@@ -188,7 +189,7 @@ def _tile_kernel(
         def visit(block, state, *, is_masked):
             block_mask = mask if is_masked else None
             return tiles.visit(
-                block, state, stream, q_tile, factor[0], soft_cap, block_mask, interpret
+                block, state, stream, q_tile, logit_factor, soft_cap, block_mask, interpret
             )
 
         peak = tiles.spread(sink_tile[warpgroup], interpret) * tiles.LOG2E

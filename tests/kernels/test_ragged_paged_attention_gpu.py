@@ -29,6 +29,7 @@ HANGS_AFTER_S = 300
 SPLIT = Blocks(
     decode=DecodeBlocks(programs=16, min_split=1), prefill=PrefillBlocks(warpgroups=2, block_kv=64)
 )
+SPLIT_WIDE = dataclasses.replace(SPLIT, prefill=PrefillBlocks(warpgroups=1, block_kv=64))
 MIXED = [(1, 1), (1, 130), (2, 2), (17, 33), (70, 200)]
 DECODE = [(1, 1), (1, 15), (1, 64), (1, 65), (1, 300)]
 
@@ -260,7 +261,7 @@ SHAPES = [
     {"head_dim": 80, "heads": 8, "kv_heads": 1},
     {"head_dim": 96, "heads": 2, "kv_heads": 2},
     {"head_dim": 128, "heads": 8, "kv_heads": 2},
-    {"head_dim": 256, "heads": 4, "kv_heads": 1},
+    {"head_dim": 256, "heads": 4, "kv_heads": 1, "blocks": SPLIT_WIDE},
     {"head_dim": 16, "heads": 71, "kv_heads": 1},
 ]
 WIDE = [
