@@ -13,14 +13,16 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.ragged_paged_attention.gpu_blocks import (
+    ROWS,
     Blocks,
     blocks_for,
+    check_blocks,
     check_pages,
     compute_dtype,
 )
 from pallas_kernels.ragged_paged_attention.gpu_decode import attend_decode
 from pallas_kernels.ragged_paged_attention.gpu_prefill import attend_prefill
-from pallas_kernels.ragged_paged_attention.gpu_tiles import MASKED, ROWS
+from pallas_kernels.ragged_paged_attention.gpu_tiles import MASKED
 from pallas_kernels.ragged_paged_attention.rows import cache_rows, to_stored
 
 
@@ -75,6 +77,9 @@ def attend(
     check_pages(page_size=page_size, head_dim=head_dim, dtype=stored)
     if blocks is None:
         blocks = blocks_for(head_dim, stored)
+    check_blocks(blocks, head_dim, stored)
+    if sliding_window is not None and sliding_window >= page_table.shape[1] * page_size:
+        sliding_window = None  # no context is longer
     cache = write(cache, k, v, kv_lens, page_table, cu_q_lens, counts, k_scale, v_scale)
 
     # [1] f32: the kernels' products are of stored keys.

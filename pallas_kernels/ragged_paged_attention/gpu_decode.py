@@ -17,9 +17,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.ragged_paged_attention import gpu_tiles as tiles
-from pallas_kernels.ragged_paged_attention.gpu_blocks import DecodeBlocks
+from pallas_kernels.ragged_paged_attention.gpu_blocks import ROWS, DecodeBlocks
 from pallas_kernels.ragged_paged_attention.gpu_compat import compiler_params, interpreter
-from pallas_kernels.ragged_paged_attention.gpu_tiles import MASKED, ROWS
+from pallas_kernels.ragged_paged_attention.gpu_tiles import MASKED
 
 
 def items_of(
@@ -156,6 +156,7 @@ def _item_kernel(
         group_size = q.shape[2]
         plgpu.copy_gmem_to_smem(q.at[sequence, group], q_tile.at[0, pl.ds(0, group_size)], q_full)
         plgpu.barrier_wait(q_full)
+        logit_factor = factor[0]
 
         def mask(logits, block):
             position = tiles.count(logits.shape, 1, interpret) + block * block_kv
@@ -166,7 +167,7 @@ def _item_kernel(
 
         def visit(block, state):
             return tiles.visit(
-                block, state, stream, q_tile.at[0], factor[0], soft_cap, mask, interpret
+                block, state, stream, q_tile.at[0], logit_factor, soft_cap, mask, interpret
             )
 
         state = tiles.start(

@@ -18,9 +18,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.ragged_paged_attention import gpu_tiles as tiles
-from pallas_kernels.ragged_paged_attention.gpu_blocks import PrefillBlocks
+from pallas_kernels.ragged_paged_attention.gpu_blocks import ROWS, PrefillBlocks
 from pallas_kernels.ragged_paged_attention.gpu_compat import compiler_params, interpreter
-from pallas_kernels.ragged_paged_attention.gpu_tiles import MASKED, ROWS
+from pallas_kernels.ragged_paged_attention.gpu_tiles import MASKED
 
 # Two warpgroups that compute and one that loads share the 65,536 registers of an SM.
 COMPUTE_REGISTERS, LOADER_REGISTERS = 224, 56
@@ -175,6 +175,7 @@ def _tile_kernel(
         q_tile[...] = tiles.spread(staging[...], interpret)
         plgpu.commit_smem()
         own_position = position + warpgroup * tokens
+        logit_factor = factor[0]
 
         def mask(logits, block):
             # Row r has position own_position + r // group_size; products spare the division.
@@ -188,7 +189,7 @@ def _tile_kernel(
         def visit(block, state, *, is_masked):
             block_mask = mask if is_masked else None
             return tiles.visit(
-                block, state, stream, q_tile, factor[0], soft_cap, block_mask, interpret
+                block, state, stream, q_tile, logit_factor, soft_cap, block_mask, interpret
             )
 
         peak = tiles.spread(sink_tile[warpgroup], interpret) * tiles.LOG2E

@@ -18,10 +18,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.ragged_paged_attention.gpu_blocks import RAW_STAGES, ROWS
 from pallas_kernels.ragged_paged_attention.gpu_compat import transposed
 
-ROWS = 64  # of queries in a tile: M of wgmma
-RAW_STAGES = 2  # blocks of 8-bit pages that arrive while another is converted
 MASKED = -1e30  # finite: the difference of two is 0, not NaN
 LOG2E = math.log2(math.e)
 
