@@ -55,6 +55,9 @@ class EngineConfig:
         "type of the KV cache: `auto` is the weights', `fp8` is fp8_e4m3; fp8 and int8 take the "
         "checkpoint's scales, else fp8 takes 1 and int8 measures its own",
     )
+    attention_backend: Literal["auto", "reference", "tpu", "gpu"] = option(
+        "auto", "attention kernel; `auto` is the one made for the device, else the reference"
+    )
     max_model_len: int | Auto = option("auto", "context length in tokens", low=1)
     max_num_seqs: int | Auto = option("auto", "sequences that run at once (slots)", low=1)
     max_num_batched_tokens: int | Auto = option(

@@ -7,7 +7,7 @@ import platform
 import sys
 from collections.abc import Iterator
 from importlib import metadata
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING
 
 from jaxserve.config import EngineConfig, compile_cache_path
 
@@ -67,16 +67,18 @@ def _host_facts() -> Iterator[tuple[str, str]]:
 
 
 def _device_facts(devices: list[jax.Device]) -> Iterator[tuple[str, str]]:
-    from pallas_kernels.ragged_paged_attention.api import Backend
+    from pallas_kernels.ragged_paged_attention import KERNELS, device_refusal
 
     for device in devices:
         stats = device.memory_stats() or {}
         limit, used = stats.get("bytes_limit"), stats.get("bytes_in_use", 0)
         memory = f"{_gib(limit)}, {_gib(used)} in use" if limit else "memory shared with the host"
         yield f"device {device.id}", f"{device.platform} {device.device_kind}: {memory}"
+        backend = KERNELS.get(device.platform, "reference")
+        reason = device_refusal(backend, device)
+        chosen = backend if reason is None else f"reference; the {backend} kernel: {reason}"
+        yield "  attention", chosen
     yield "compile cache", f"{compile_cache_path(EngineConfig())} (--compile-cache-dir)"
-    # Every backend there is runs everywhere; there is nothing to choose yet.
-    yield "attention", ", ".join(get_args(Backend))
 
 
 def _gib(count: int) -> str:

@@ -12,7 +12,9 @@ holds no collective and no call to the host. The exit status is 1 if any does no
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
+import operator
 import os
 import re
 import shutil
@@ -29,6 +31,8 @@ os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # no metadata server tells wha
 os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
 os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")  # else libtpu complains
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for scripts.model_shapes
+
 import jax
 import numpy as np
 from jax.experimental import topologies
@@ -42,6 +46,7 @@ from jaxserve.engine.step import StepSpec
 from jaxserve.mesh import AXES
 from jaxserve.models.loading import AbstractModel, abstract_model
 from jaxserve.ops.quantization import QuantizedWeight
+from scripts.model_shapes import MODELS
 
 H100_CONFIG = Path(__file__).resolve().parent / "targets" / "h100.txtpb"
 MAX_MODEL_LEN = 8192
@@ -62,45 +67,6 @@ TARGETS = {
     "v5p": Target(platform="tpu", topology="v5p:2x2x1"),
     "7x": Target(platform="tpu", topology="tpu7x:2x2x1"),
     "h100": Target(platform="gpu", topology="1x1x1"),
-}
-
-MODELS: dict[str, dict[str, Any]] = {  # as in their config.json
-    "smollm2-135m": {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "vocab_size": 49152,
-        "hidden_size": 576,
-        "intermediate_size": 1536,
-        "num_hidden_layers": 30,
-        "num_attention_heads": 9,
-        "num_key_value_heads": 3,
-        "rms_norm_eps": 1e-5,
-        "rope_theta": 100000.0,
-        "max_position_embeddings": 8192,
-        "tie_word_embeddings": True,
-    },
-    "llama-3.1-8b": {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "vocab_size": 128256,
-        "hidden_size": 4096,
-        "intermediate_size": 14336,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "head_dim": 128,
-        "rms_norm_eps": 1e-5,
-        "rope_theta": 500000.0,
-        "rope_scaling": {
-            "rope_type": "llama3",
-            "factor": 8.0,
-            "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 8192,
-        },
-        "max_position_embeddings": 131072,
-        "tie_word_embeddings": False,
-    },
 }
 
 # Weights alone fill the device: such a model needs a mesh.
@@ -187,12 +153,12 @@ def compile_case(case: Case, bucket_name: str) -> Program:
             activation_dtype=dtypes.activations,
             quantization=case.quantization,
         )
-        settings = settings_for(config, model, dtypes, platform)
+        settings = settings_for(config, model, dtypes, device)
         state = abstract_state(settings, NUM_PAGES, SingleDeviceSharding(device))
         spec = StepSpec(
             limits=settings.limits,
             max_logprobs=config.max_logprobs,
-            attention=settings.attention,
+            attention=settings.attention.backend,
         )
         bucket = named_buckets(settings)[bucket_name]
         started_s = time.monotonic()
@@ -254,16 +220,22 @@ def count_dense(text: str, shapes: Sequence[tuple[int, ...]]) -> int:
     What is computed within a fusion is never in memory: only what fusions return is.
     """
     fused = set(re.findall(r"fusion\(.*calls=%?([\w.-]+)", text))
-    # Whatever its dimensions became: a matrix in groups has as many elements.
-    sizes = {math.prod(shape) for shape in shapes}
     count, is_fused = 0, False
     for line in text.splitlines():
         if opened := re.match(r"(?:ENTRY )?%?([\w.-]+) \(.*\{$", line):
             is_fused = opened[1] in fused
         array = re.match(r"\s+(?:ROOT )?%?[\w.-]+ = (?:bf16|f16|f32)\[([\d,]+)\]", line)
         if array and not is_fused and " parameter(" not in line and " bitcast(" not in line:
-            count += math.prod(map(int, array[1].split(","))) in sizes
+            sizes = list(map(int, array[1].split(",")))
+            count += any(_is_reshaped(sizes, shape) for shape in set(shapes))
     return count
+
+
+def _is_reshaped(sizes: list[int], shape: tuple[int, ...]) -> bool:
+    """Returns whether dimensions are those of a matrix `[out, in]`, each split further or not."""
+    return math.prod(sizes) == math.prod(shape) and shape[0] in itertools.accumulate(
+        sizes, operator.mul
+    )
 
 
 def use_compilers() -> None:

@@ -86,7 +86,7 @@ class EngineCore:
             scheduling_policy=config.scheduling_policy,
             device=device_line(loaded.device),
             dtype=loaded.dtypes.weights.name,
-            attention=loaded.settings.attention,
+            attention=loaded.settings.attention.backend,
             num_programs=self._runner.num_programs,
             ready_s=time.monotonic() - started_s,
         )
@@ -201,7 +201,7 @@ class _Loaded:
         return StepSpec(
             limits=self.settings.limits,
             max_logprobs=max_logprobs,
-            attention=self.settings.attention,
+            attention=self.settings.attention.backend,
         )
 
 
@@ -210,7 +210,9 @@ def _load(config: EngineConfig, report: Report) -> _Loaded:
     mesh = mesh_for(config.mesh)
     device = mesh.devices.flat[0]
     dtypes = dtypes_for(config, device.platform)
-    with open_checkpoint(resolve(config.model, revision=config.revision)) as checkpoint:
+    is_dummy = config.load_format == "dummy"
+    path = resolve(config.model, revision=config.revision)
+    with open_checkpoint(path, has_weights=not is_dummy) as checkpoint:
         model = abstract_model(
             checkpoint.config,
             mesh,
@@ -219,9 +221,11 @@ def _load(config: EngineConfig, report: Report) -> _Loaded:
             quantization=config.quantization,
             formats=stored_formats(checkpoint),
         )
-        settings = settings_for(config, model, dtypes, device.platform)
+        settings = settings_for(config, model, dtypes, device)
+        if settings.attention.warning is not None:
+            report(f"warning: {settings.attention.warning}")
         report(f"loading {config.model}: {model.num_params / 1e6:.0f}M parameters")
-        if config.load_format == "dummy":
+        if is_dummy:
             params = dummy_params(model, config.seed)
         else:
             params = load_params(model, checkpoint, progress(report, "loading"))

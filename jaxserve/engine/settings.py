@@ -14,8 +14,8 @@ from jaxserve.engine.packing import Limits
 from jaxserve.engine.request import MAX_EOS_TOKENS
 from jaxserve.errors import ConfigError, WeightError
 from jaxserve.models.loading import AbstractModel
-from jaxserve.ops.attention import backend_for
-from pallas_kernels.ragged_paged_attention import Backend, KVLayout, layout_for
+from jaxserve.ops.attention import Choice, LayerShape, choose_backend
+from pallas_kernels.ragged_paged_attention import KVLayout
 
 _CPU_KV_BYTES = 2 * 2**30
 
@@ -54,11 +54,15 @@ class Settings:
     """Everything decided before anything is compiled, but for the number of pages."""
 
     limits: Limits
-    layout: KVLayout
-    attention: Backend
+    attention: Choice
     num_layers: int
     min_rows: int
     max_waiting: int
+
+    @property
+    def layout(self) -> KVLayout:
+        """How the attention backend keeps pages."""
+        return self.attention.layout
 
     @property
     def page_bytes(self) -> int:
@@ -82,10 +86,10 @@ def dtypes_for(config: EngineConfig, platform: str) -> Dtypes:
 
 
 def settings_for(
-    config: EngineConfig, model: AbstractModel, dtypes: Dtypes, platform: str
+    config: EngineConfig, model: AbstractModel, dtypes: Dtypes, device: jax.Device
 ) -> Settings:
     """Returns the sizes of a configuration; ConfigError for ones that cannot work."""
-    defaults = DEFAULTS[platform]
+    defaults = DEFAULTS[device.platform]
     num_slots = _chosen(config.max_num_seqs, defaults.num_slots)
     page_size = _chosen(config.page_size, defaults.page_size)
     max_step_tokens = _chosen(config.max_num_batched_tokens, defaults.max_step_tokens)
@@ -109,24 +113,27 @@ def settings_for(
             f"max_logprobs is {config.max_logprobs}; the vocabulary has "
             f"{model.config.vocab_size} tokens"
         )
-    backend = backend_for(platform)
+    limits = Limits(
+        num_slots=num_slots,
+        pages_per_sequence=-(-max_model_len // page_size),
+        page_size=page_size,
+        vocab_size=model.config.vocab_size,
+        max_model_len=max_model_len,
+        max_step_tokens=max_step_tokens,
+    )
+    shape = LayerShape(
+        heads=model.config.num_heads,
+        kv_heads=model.config.num_kv_heads,
+        head_dim=model.config.head_dim,
+        page_size=page_size,
+        kv_dtype=dtypes.kv_cache,
+        tokens=max_step_tokens,
+        sequences=num_slots,
+        pages_per_sequence=limits.pages_per_sequence,
+    )
     return Settings(
-        limits=Limits(
-            num_slots=num_slots,
-            pages_per_sequence=-(-max_model_len // page_size),
-            page_size=page_size,
-            vocab_size=model.config.vocab_size,
-            max_model_len=max_model_len,
-            max_step_tokens=max_step_tokens,
-        ),
-        layout=layout_for(
-            backend,
-            page_size=page_size,
-            kv_heads=model.config.num_kv_heads,
-            head_dim=model.config.head_dim,
-            dtype=dtypes.kv_cache,
-        ),
-        attention=backend,
+        limits=limits,
+        attention=choose_backend(config.attention_backend, device, shape),
         num_layers=model.config.num_layers,
         min_rows=defaults.min_rows,
         max_waiting=_chosen(config.max_num_queued_reqs, max(64, 4 * num_slots)),

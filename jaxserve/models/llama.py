@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -74,21 +74,49 @@ class LlamaConfig:
         )
 
 
-class Linear(nnx.Module):
-    """A matrix without bias."""
+class Widths(Protocol):
+    """What the modules that families share read of a config."""
 
-    def __init__(self, out: tuple[str, int], in_: tuple[str, int], dtype: jnp.dtype) -> None:
+    @property
+    def vocab_size(self) -> int: ...
+
+    @property
+    def hidden_size(self) -> int: ...
+
+    @property
+    def ffw_size(self) -> int: ...
+
+    @property
+    def norm_eps(self) -> float: ...
+
+
+class Linear(nnx.Module):
+    """A matrix, and a bias where the family has one."""
+
+    def __init__(
+        self,
+        out: tuple[str, int],
+        in_: tuple[str, int],
+        dtype: jnp.dtype,
+        *,
+        has_bias: bool = False,
+    ) -> None:
         axes, shape = zip(out, in_, strict=True)
         self.weight = nnx.Param(jnp.zeros(shape, dtype), axes=axes)
+        self.bias = nnx.Param(jnp.zeros(shape[:1], dtype), axes=axes[:1]) if has_bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:  # [rows, in] -> [rows, out]
-        return linear(x, self.weight[...])
+        if self.bias is None:
+            return linear(x, self.weight[...])
+        # Added before the sum is rounded: Qwen2's biases are hundreds of times its products.
+        bias = self.bias[...].astype(jnp.float32)[None, :]
+        return (matmul_f32(x, self.weight[...]) + bias).astype(x.dtype)
 
 
 class Norm(nnx.Module):
     """RMSNorm's weight."""
 
-    def __init__(self, config: LlamaConfig, dtype: jnp.dtype) -> None:
+    def __init__(self, config: Widths, dtype: jnp.dtype) -> None:
         self.weight = nnx.Param(jnp.zeros((config.hidden_size,), dtype), axes=("hidden",))
         self.eps = config.norm_eps
 
@@ -136,7 +164,7 @@ class Attention(nnx.Module):
 class Mlp(nnx.Module):
     """SwiGLU (https://arxiv.org/abs/2002.05202)."""
 
-    def __init__(self, config: LlamaConfig, dtype: jnp.dtype) -> None:
+    def __init__(self, config: Widths, dtype: jnp.dtype) -> None:
         hidden, ffw = ("hidden", config.hidden_size), ("ffw", config.ffw_size)
         self.gate_proj = Linear(ffw, hidden, dtype)
         self.up_proj = Linear(ffw, hidden, dtype)
@@ -166,7 +194,7 @@ class Layer(nnx.Module):
 class Embedding(nnx.Module):
     """One row for each token."""
 
-    def __init__(self, config: LlamaConfig, dtype: jnp.dtype) -> None:
+    def __init__(self, config: Widths, dtype: jnp.dtype) -> None:
         shape = (config.vocab_size, config.hidden_size)
         self.weight = nnx.Param(jnp.zeros(shape, dtype), axes=("vocab", "hidden"))
 

@@ -10,7 +10,9 @@ from typing import Any
 from flax import nnx
 
 from jaxserve.errors import WeightError
+from jaxserve.models.gemma3 import Gemma3, Gemma3Config
 from jaxserve.models.llama import Llama, LlamaConfig
+from jaxserve.models.qwen import Qwen, QwenConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +26,9 @@ class Family:
 FAMILIES: dict[str, Family] = {
     "LlamaForCausalLM": Family(config=LlamaConfig, model=Llama),
     "MistralForCausalLM": Family(config=LlamaConfig, model=Llama),
+    "Qwen2ForCausalLM": Family(config=QwenConfig, model=Qwen),
+    "Qwen3ForCausalLM": Family(config=QwenConfig, model=Qwen),
+    "Gemma3ForCausalLM": Family(config=Gemma3Config, model=Gemma3),
 }
 
 

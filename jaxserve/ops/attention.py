@@ -1,14 +1,24 @@
-"""Attention as models call it: the paged kernel of this platform."""
+"""Attention as models call it, and the choice of the kernel behind it."""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 
 from jaxserve.batch import Batch, ScaledCache
-from pallas_kernels.ragged_paged_attention import Backend, ragged_paged_attention
+from jaxserve.errors import ConfigError
+from pallas_kernels.ragged_paged_attention import (
+    KERNELS,
+    Backend,
+    KVLayout,
+    layout_for,
+    ragged_paged_attention,
+    refusal,
+)
 
 
 def attend(
@@ -20,6 +30,8 @@ def attend(
     *,
     scale: float,
     sliding_window: int | None = None,  # keys seen, the token's own included
+    soft_cap: float | None = None,  # logits become soft_cap * tanh(logits / soft_cap)
+    sinks: jax.Array | None = None,  # [heads] f32, a logit that takes mass and gives no value
 ) -> tuple[jax.Array, Any]:
     """Writes keys and values to their pages and attends. Returns `[tokens, heads, head_dim]`."""
     if isinstance(cache, ScaledCache):
@@ -39,6 +51,8 @@ def attend(
             backend=batch.attention,
             scale=scale,
             sliding_window=sliding_window,
+            soft_cap=soft_cap,
+            sinks=sinks,
             k_scale=k_scale,
             v_scale=v_scale,
         )
@@ -48,7 +62,67 @@ def attend(
     return out, pages
 
 
-def backend_for(platform: str) -> Backend:
-    """Returns the attention backend of a platform ("cpu", "gpu", "tpu")."""
-    del platform  # the XLA reference serves every platform until a kernel of its own exists
-    return "reference"
+@dataclass(frozen=True, kw_only=True)
+class LayerShape:
+    """The attention of a model's largest step, as far as a kernel may refuse it."""
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    page_size: int
+    kv_dtype: jnp.dtype
+    tokens: int
+    sequences: int
+    pages_per_sequence: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """What a model's attention runs on."""
+
+    layout: KVLayout
+    warning: str | None  # why it is not the kernel made for the device
+
+    @property
+    def backend(self) -> Backend:
+        """Which kernel."""
+        return self.layout.backend
+
+
+def choose_backend(
+    requested: Literal["auto"] | Backend, device: jax.Device, shape: LayerShape
+) -> Choice:
+    """Returns the device's own kernel where it can serve, else the reference and why.
+
+    Raises ConfigError where another backend is asked for than can serve.
+    """
+    own = KERNELS.get(device.platform, "reference")
+    if requested not in ("auto", "reference", own):
+        known = " and ".join(dict.fromkeys((own, "reference")))
+        raise ConfigError(f"attention_backend is {requested!r}; a {device.platform} has {known}")
+    backend = own if requested == "auto" else requested
+    layout = _layout(backend, shape)
+    reason = refusal(
+        layout,
+        device,
+        heads=shape.heads,
+        tokens=shape.tokens,
+        sequences=shape.sequences,
+        pages_per_sequence=shape.pages_per_sequence,
+    )
+    if reason is None:
+        return Choice(layout=layout, warning=None)
+    if requested != "auto" or backend == "reference":
+        raise ConfigError(f"attention_backend {backend!r} cannot serve this model: {reason}")
+    warning = f"attention runs on the slower reference, not on the {own} kernel: {reason}"
+    return Choice(layout=_layout("reference", shape), warning=warning)
+
+
+def _layout(backend: Backend, shape: LayerShape) -> KVLayout:
+    return layout_for(
+        backend,
+        page_size=shape.page_size,
+        kv_heads=shape.kv_heads,
+        head_dim=shape.head_dim,
+        dtype=shape.kv_dtype,
+    )

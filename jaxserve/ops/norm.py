@@ -8,11 +8,15 @@ from jax import lax
 
 
 def rms_norm(
-    x: jax.Array,  # [rows, hidden]
-    weight: jax.Array,  # [hidden]
+    x: jax.Array,  # [..., size]
+    weight: jax.Array,  # [size]
     eps: float,
-) -> jax.Array:  # [rows, hidden], of x's type
+    *,
+    offset: float = 0.0,  # added to the weight: 1 where checkpoints store its distance from 1
+) -> jax.Array:  # [..., size], of x's type
     """Returns RMSNorm (https://arxiv.org/abs/1910.07467), computed in float32."""
     wide = x.astype(jnp.float32)
     scale = lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
-    return (wide * scale * weight.astype(jnp.float32)[None, :]).astype(x.dtype)
+    wide_weight = weight.astype(jnp.float32) + offset
+    wide_weight = wide_weight.reshape((1,) * (x.ndim - 1) + weight.shape)
+    return (wide * scale * wide_weight).astype(x.dtype)

@@ -45,10 +45,32 @@ class FactorScaling:
 RopeScaling: TypeAlias = NoScaling | LinearScaling | Llama3Scaling | FactorScaling
 
 
+@dataclass(frozen=True, kw_only=True)
+class Rope:
+    """How fast positions turn."""
+
+    theta: float
+    scaling: RopeScaling
+
+
+def rope_from_hf(config: dict[str, Any], default_theta: float) -> Rope:
+    """Returns the rotation a Hugging Face config asks for; WeightError for one not supported."""
+    parameters = config.get("rope_parameters") or {}
+    theta = parameters.get("rope_theta", config.get("rope_theta", default_theta))
+    return Rope(theta=float(theta), scaling=rope_scaling_from_hf(config))
+
+
 def rope_scaling_from_hf(config: dict[str, Any]) -> RopeScaling:
     """Returns the scaling a Hugging Face config asks for; WeightError for one not supported."""
     scaling = config.get("rope_parameters") or config.get("rope_scaling") or {}
     kind = scaling.get("rope_type", scaling.get("type", "default"))
+    for source, key, handled in (
+        (scaling, "mrope_section", None),
+        (scaling, "partial_rotary_factor", 1.0),
+        (config, "partial_rotary_factor", 1.0),
+    ):
+        if source.get(key) not in (None, handled):
+            raise WeightError(f"config.json: {key} = {source[key]!r} is not supported")
     if factors := config.get("rope_frequency_factors"):
         return FactorScaling(factors=tuple(float(factor) for factor in factors))
     if kind == "default":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, TypeAlias
 
@@ -10,7 +11,10 @@ import jax.numpy as jnp
 
 from pallas_kernels.ragged_paged_attention import reference
 
-Backend: TypeAlias = Literal["reference"]
+Backend: TypeAlias = Literal["reference", "tpu", "gpu"]
+
+# The backend made for each platform, by JAX's names; any other platform has the reference.
+KERNELS: dict[str, Backend] = {"tpu": "tpu", "gpu": "gpu"}
 
 # Keys and values of one layer; what the arrays mean is the backend's own affair (`KVLayout`).
 LayerCache: TypeAlias = tuple[jax.Array, ...]
@@ -52,10 +56,78 @@ class _Module(Protocol):
     def attend(self, *arrays: Any, **options: Any) -> tuple[jax.Array, LayerCache]:
         """Writes and attends, as `ragged_paged_attention` says; its arguments but `backend`."""
 
+    def device_refusal(self, device: jax.Device) -> str | None:
+        """Returns why the kernel cannot run on a device; None if it can."""
+
 
 def _module(backend: Backend) -> _Module:
-    assert backend == "reference", backend
-    return reference
+    # Not at the top: Pallas takes a second to import, and a CPU never needs it.
+    match backend:
+        case "tpu":
+            from pallas_kernels.ragged_paged_attention import tpu
+
+            return tpu
+        case "gpu":
+            from pallas_kernels.ragged_paged_attention import gpu
+
+            return gpu
+        case _:
+            assert backend == "reference", backend
+            return reference
+
+
+def device_refusal(backend: Backend, device: jax.Device) -> str | None:
+    """Returns why a backend cannot run on a device, whatever the model; None if it can."""
+    return _module(backend).device_refusal(device)
+
+
+def refusal(
+    layout: KVLayout,
+    device: jax.Device,
+    *,
+    heads: int,
+    tokens: int,  # of the largest step
+    sequences: int,
+    pages_per_sequence: int,
+    soft_cap: float | None = None,
+    sliding_window: int | None = None,
+) -> str | None:
+    """Returns why the layout's backend cannot serve a layer on a device; None if it can.
+
+    What a kernel refuses, it refuses at trace time: a layer is traced, for a step of `tokens` and
+    for one of a token a sequence.
+    """
+    if (reason := device_refusal(layout.backend, device)) is not None:
+        return reason
+    attention = functools.partial(
+        ragged_paged_attention,
+        backend=layout.backend,
+        scale=1.0,
+        soft_cap=soft_cap,
+        sliding_window=sliding_window,
+    )
+
+    def array(*shape: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype)
+
+    try:
+        for count in {sequences, max(tokens, sequences)}:
+            q = array(count, heads, layout.head_dim, dtype=jnp.bfloat16)
+            new = array(count, layout.kv_heads, layout.head_dim, dtype=jnp.bfloat16)
+            jax.eval_shape(
+                attention,
+                q,
+                new,
+                new,
+                layout.shapes(pages_per_sequence),
+                array(sequences),
+                array(sequences, pages_per_sequence),
+                array(sequences + 1),
+                array(2),
+            )
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 def layout_for(

@@ -26,15 +26,16 @@ __all__ = [
 ]
 
 
-def open_checkpoint(path: Path) -> Checkpoint:
+def open_checkpoint(path: Path, *, has_weights: bool = True) -> Checkpoint:
     """Opens a folder of safetensors or a .gguf file and checks every header in it.
 
-    Raises `WeightError`, naming the file and the tensor, for anything truncated, corrupt or
-    unsupported, before any weight is read.
+    Without `has_weights`, a folder need hold no more than config.json. Raises `WeightError`, naming
+    the file and the tensor, for anything truncated, corrupt or unsupported, before any weight is
+    read.
     """
     if not path.is_dir():
         return GgufCheckpoint(path)
-    checkpoint = SafetensorsCheckpoint(path)
+    checkpoint = SafetensorsCheckpoint(path, has_weights=has_weights)
     if not checkpoint.config.get("quantization_config"):
         return checkpoint
     try:

@@ -49,6 +49,7 @@ class GgufCheckpoint:
             self.config = build_config(header, family, path)
             self._add_frequency_factors(header)
             self._heads = _interleaved_heads(header, family, self.config, path)
+            self._raised = family.raised
         except BaseException:
             self._file.close()
             raise
@@ -73,6 +74,8 @@ class GgufCheckpoint:
         """Returns the tensor, or the part that `index` names; quantised types as float32."""
         info = self._info(name)
         bounds = bounds_of(index, info.shape)
+        if _template_of(info.name)[0].removesuffix(".weight") in self._raised:
+            return self._read_rows(info, bounds).astype(np.float32) - np.float32(1)
         heads = self._heads.get(info.name)
         if heads is None:
             return self._read_rows(info, bounds)
@@ -168,11 +171,15 @@ def build_config(header: Header, family: Family, path: Path) -> dict[str, Any]:
     }
     for key, name in family.config.items():
         config[name] = _number(metadata, prefix + key, path)
+    for key, name in family.optional.items():
+        if prefix + key in metadata:
+            config[name] = _number(metadata, prefix + key, path)
     hidden, heads = config["hidden_size"], config["num_attention_heads"]
     config["num_key_value_heads"] = _number(
         metadata, prefix + "attention.head_count_kv", path, heads
     )
     config["head_dim"] = _number(metadata, prefix + "attention.key_length", path, hidden // heads)
+    config.update(family.derived(config))
     config["rope_theta"] = _number(metadata, prefix + "rope.freq_base", path, 10000.0)
     rotary = _number(metadata, prefix + "rope.dimension_count", path, config["head_dim"])
     if rotary != config["head_dim"]:

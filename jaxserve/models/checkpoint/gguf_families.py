@@ -5,7 +5,7 @@ A new architecture is a row in `FAMILIES`. Host only: imports no jax.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 
 # Metadata that means the same for every architecture; keys follow "<architecture>.".
@@ -35,6 +35,21 @@ COMMON_NAMES = {
 }
 
 
+_HEAD_NORMS = {
+    "blk.{i}.attn_q_norm": "model.layers.{i}.self_attn.q_norm",
+    "blk.{i}.attn_k_norm": "model.layers.{i}.self_attn.k_norm",
+}
+
+_GEMMA3_NORMS = {
+    **_HEAD_NORMS,
+    "output_norm": "model.norm",
+    "blk.{i}.attn_norm": "model.layers.{i}.input_layernorm",
+    "blk.{i}.post_attention_norm": "model.layers.{i}.post_attention_layernorm",
+    "blk.{i}.ffn_norm": "model.layers.{i}.pre_feedforward_layernorm",
+    "blk.{i}.post_ffw_norm": "model.layers.{i}.post_feedforward_layernorm",
+}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Family:
     """One GGUF architecture in Hugging Face terms."""
@@ -43,10 +58,22 @@ class Family:
     model_type: str
     constants: Mapping[str, object]  # config values that GGUF does not store
     config: Mapping[str, str] = field(default_factory=lambda: COMMON_CONFIG)
+    optional: Mapping[str, str] = field(default_factory=dict)  # as `config`, where the file has it
+    # What follows from the rest of the config.
+    derived: Callable[[Mapping[str, int]], Mapping[str, object]] = lambda config: {}
     names: Mapping[str, str] = field(default_factory=lambda: COMMON_NAMES)
     # GGUF names whose rows hold each head's halves interleaved, mapped to the config key with
     # the number of heads: llama.cpp rotates neighbouring pairs, Hugging Face rotates halves.
     interleaved: Mapping[str, str] = field(default_factory=dict)
+    # GGUF names whose values are 1 more than Hugging Face's, which are distances from 1.
+    raised: Collection[str] = ()
+
+
+def _gemma3_scale(config: Mapping[str, int]) -> Mapping[str, object]:
+    # Not in the file: llama.cpp, too, knows the 27B model by its 62 layers (llama-model.cpp).
+    is_27b = config["num_hidden_layers"] == 62
+    per_head = config["hidden_size"] // config["num_attention_heads"]
+    return {"query_pre_attn_scalar": per_head if is_27b else config["head_dim"]}
 
 
 FAMILIES = {
@@ -58,6 +85,36 @@ FAMILIES = {
             "blk.{i}.attn_q": "num_attention_heads",
             "blk.{i}.attn_k": "num_key_value_heads",
         },
+    ),
+    "qwen2": Family(
+        architecture="Qwen2ForCausalLM",
+        model_type="qwen2",
+        constants={"hidden_act": "silu"},
+    ),
+    "qwen3": Family(
+        architecture="Qwen3ForCausalLM",
+        model_type="qwen3",
+        constants={"hidden_act": "silu"},
+        names={**COMMON_NAMES, **_HEAD_NORMS},
+    ),
+    "gemma3": Family(
+        architecture="Gemma3ForCausalLM",
+        model_type="gemma3_text",
+        constants={
+            "hidden_activation": "gelu_pytorch_tanh",
+            "rope_local_base_freq": 10000.0,
+            "sliding_window_pattern": 6,
+        },
+        config={**COMMON_CONFIG, "attention.sliding_window": "sliding_window"},
+        optional={
+            "attention.sliding_window_pattern": "sliding_window_pattern",
+            "rope.freq_base_swa": "rope_local_base_freq",
+            "attn_logit_softcapping": "attn_logit_softcapping",
+            "final_logit_softcapping": "final_logit_softcapping",
+        },
+        derived=_gemma3_scale,
+        names={**COMMON_NAMES, **_GEMMA3_NORMS},
+        raised=_GEMMA3_NORMS,
     ),
 }
 

@@ -66,14 +66,14 @@ class StoredTensor:
 class SafetensorsCheckpoint:
     """An opened model folder. See `Checkpoint`; the shards stay open until `close`."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, has_weights: bool = True) -> None:
         self._folder = folder
         self.config = read_json(folder / "config.json")
         generation = folder / "generation_config.json"
         self.generation_config = read_json(generation) if generation.is_file() else {}
         self._files: list[BinaryIO] = []
         try:
-            self._tensors = self._open()
+            self._tensors = self._open() if has_weights else {}
         except BaseException:
             self.close()
             raise
