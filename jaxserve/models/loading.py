@@ -29,7 +29,6 @@ from jaxserve.models.quantizing import (
 from jaxserve.models.registry import family_for
 from jaxserve.ops.quantization import QuantizedWeight
 
-
 Formats: TypeAlias = Mapping[str, WeightFormat] | WeightFormat  # by name, or of every matrix
 
 
