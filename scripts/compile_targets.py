@@ -70,7 +70,13 @@ TARGETS = {
 }
 
 # Weights alone fill the device: such a model needs a mesh.
-TOO_LARGE = {("v5e", "llama-3.1-8b"): "15 GiB of weights, 16 GB of memory"}
+TOO_LARGE = {
+    ("v5e", "llama-3.1-8b"): "15 GiB of weights, 16 GB of memory",
+    ("v5e", "qwen3-32b"): "61 GiB of weights, 16 GB of memory",
+    ("v6e", "qwen3-32b"): "61 GiB of weights, 32 GB of memory",
+    ("v5e", "gemma-3-27b"): "50 GiB of weights, 16 GB of memory",
+    ("v6e", "gemma-3-27b"): "50 GiB of weights, 32 GB of memory",
+}
 
 _FORBIDDEN = {
     "float64": r"\bf64\[",
@@ -92,6 +98,7 @@ class Program:
     state_bytes: int  # of DeviceState
     num_state_copies: int  # of whole KV arrays
     num_dense_weights: int  # float copies of whole quantised matrices
+    num_kernels: int  # calls of Pallas kernels
     faults: tuple[str, ...]
 
 
@@ -203,6 +210,7 @@ def inspect(
         state_bytes=state_bytes,
         num_state_copies=_count_copies(text, state),
         num_dense_weights=count_dense(text, quantized),
+        num_kernels=len(re.findall(r'custom_call_target="(tpu_custom_call|mosaic_gpu\w*)"', text)),
         faults=tuple(faults),
     )
 
@@ -210,7 +218,7 @@ def inspect(
 def _count_copies(text: str, state: Any) -> int:
     """Counts copies of an array of the cache's shape: what a step that works in place lacks."""
     shapes = {tuple(leaf.shape) for leaf in jax.tree.leaves(state.cache)}
-    copies = re.findall(r"= u?[a-z]+\d+\[([\d,]+)\]\S* copy\(", text)
+    copies = re.findall(r"= [a-z]+\d+\w*\[([\d,]+)\]\S* (?:copy|transpose)\(", text)
     return sum(tuple(map(int, copy.split(","))) in shapes for copy in copies)
 
 
@@ -275,8 +283,19 @@ def _line(program: Program) -> str:
     verdict = "; ".join(program.faults) or "compiled"
     return (
         f"{program.seconds:7.1f} {numbers} {program.num_state_copies:6} "
-        f"{program.num_dense_weights:5}  {verdict}"
+        f"{program.num_dense_weights:5} {program.num_kernels:7}  {verdict}"
     )
+
+
+def print_kernels(targets: list[str]) -> int:
+    """Prints what the compilers make of each kernel's grid of shapes. Returns the exit status."""
+    from scripts.targets import gpu_kernels, tpu_kernels  # they import this file
+
+    tpus = [target for target in targets if TARGETS[target].platform == "tpu"]
+    statuses = [tpu_kernels.print_table(tpus)] if tpus else []
+    if "h100" in targets:
+        statuses.append(gpu_kernels.print_table())
+    return max(statuses)
 
 
 def main() -> int:
@@ -287,7 +306,12 @@ def main() -> int:
     parser.add_argument("--quantization", default="auto", help="as `jaxserve serve` takes it")
     parser.add_argument("--kv-cache-dtype", default="auto", help="as `jaxserve serve` takes it")
     parser.add_argument("--layers", type=int, help="cut the models to this many layers")
+    parser.add_argument(
+        "--kernels", action="store_true", help="the attention kernels alone, over a grid of shapes"
+    )
     options = parser.parse_args()
+    if options.kernels:
+        return print_kernels(options.target or list(TARGETS))
     use_compilers()
     jax.config.update("jax_numpy_dtype_promotion", "strict")
     jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -304,7 +328,8 @@ def main() -> int:
     ]
     print(
         f"{'target':6} {'model':13} {'bucket':7} {'seconds':>7} {'temp MiB':>9} {'alias MiB':>9} "
-        f"{'args MiB':>9} {'peak MiB':>9} {'copies':>6} {'dense':>5}  verdict"
+        f"{'args MiB':>9} {'peak MiB':>9} {'copies':>6} {'dense':>5} "
+        f"{'kernels':>7}  verdict"
     )
     all_good = True
     for line, is_good in rows_of(cases):

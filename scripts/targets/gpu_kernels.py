@@ -222,8 +222,8 @@ def rows_of(cases: list[KernelCase]) -> Iterator[tuple[str, bool]]:
         yield f"{case!s:44} {'in place' if is_in_place else 'COPIED'}  {figures}", is_in_place
 
 
-def main() -> int:
-    """Prints the table. Returns the exit status."""
+def print_table() -> int:
+    """Compiles all cases and prints a line for each. Returns the exit status."""
     all_good = True
     for line, is_good in rows_of(CASES):
         print(line, flush=True)
@@ -232,4 +232,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(print_table())

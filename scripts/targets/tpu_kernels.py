@@ -312,6 +312,21 @@ def line_of(target: str, case: KernelCase, figures: Figures) -> str:
     )
 
 
+def print_table(targets: Iterable[str], names: Iterable[str] | None = None) -> int:
+    """Compiles the grid, or the cases named, and prints a line for each; returns the status."""
+    print(
+        f"{'target':6} {'case':16} {'seconds':>7} {'temp MiB':>8} {'VMEM MiB':>8} "
+        f"{'bundle/key':>10} {'/1000 pair':>10}  verdict"
+    )
+    cases = [case for case in GRID if names is None or case.name in names]
+    is_good = True
+    for target in targets:
+        for case, figures in figures_of(target, cases):
+            print(line_of(target, case, figures), flush=True)
+            is_good &= not figures.faults
+    return 0 if is_good else 1
+
+
 def main() -> int:
     """Prints the table. Returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -322,17 +337,7 @@ def main() -> int:
     if options.worker is not None:
         _work(options.target[0], options.worker)
         return 0
-    print(
-        f"{'target':6} {'case':16} {'seconds':>7} {'temp MiB':>8} {'VMEM MiB':>8} "
-        f"{'bundle/key':>10} {'/1000 pair':>10}  verdict"
-    )
-    cases = [case for case in GRID if options.case is None or case.name in options.case]
-    is_good = True
-    for target in options.target or TARGETS:
-        for case, figures in figures_of(target, cases):
-            print(line_of(target, case, figures), flush=True)
-            is_good &= not figures.faults
-    return 0 if is_good else 1
+    return print_table(options.target or TARGETS, options.case)
 
 
 if __name__ == "__main__":
