@@ -22,7 +22,6 @@ class TpuTarget:
     tile_rows: int  # rows of one kv head (tokens times query heads of it) in a tile of queries
     tile_block_kv: int  # keys that a tile visits at once
     tile_heads: int  # kv heads computed together: one's products overlap another's softmax
-    max_block_bytes: int  # keys and values of one block
     max_write_bytes: int  # pages and new rows in one step of the writing kernel
 
 
@@ -43,6 +42,5 @@ TPU = TpuTarget(
     tile_rows=256,
     tile_block_kv=512,
     tile_heads=4,
-    max_block_bytes=8 * MIB,
     max_write_bytes=16 * MIB,
 )

@@ -12,12 +12,15 @@ holds no collective and no call to the host. The exit status is 1 if any does no
 from __future__ import annotations
 
 import argparse
+import itertools
+import math
+import operator
 import os
 import re
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,13 +38,14 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh, SingleDeviceSharding
 
-from jaxserve.config import EngineConfig
+from jaxserve.config import EngineConfig, from_table
 from jaxserve.engine.core import abstract_state
 from jaxserve.engine.runner import Bucket, buckets_for, lower_step
 from jaxserve.engine.settings import Settings, dtypes_for, settings_for
 from jaxserve.engine.step import StepSpec
 from jaxserve.mesh import AXES
-from jaxserve.models.loading import abstract_model
+from jaxserve.models.loading import AbstractModel, abstract_model
+from jaxserve.ops.quantization import QuantizedWeight
 from scripts.model_shapes import MODELS
 
 H100_CONFIG = Path(__file__).resolve().parent / "targets" / "h100.txtpb"
@@ -87,6 +91,7 @@ class Program:
     peak_bytes: int
     state_bytes: int  # of DeviceState
     num_state_copies: int  # of whole KV arrays
+    num_dense_weights: int  # float copies of whole quantised matrices
     faults: tuple[str, ...]
 
 
@@ -97,6 +102,8 @@ class Case:
     target: str
     model: str
     num_layers: int | None = None  # None: all
+    quantization: str = "auto"
+    kv_cache_dtype: str = "auto"
 
 
 def topology_of(target: str) -> Any:
@@ -126,13 +133,25 @@ def compile_case(case: Case, bucket_name: str) -> Program:
     platform = TARGETS[case.target].platform
     hf_config = dict(MODELS[case.model])
     hf_config["num_hidden_layers"] = case.num_layers or hf_config["num_hidden_layers"]
-    config = EngineConfig(model=case.model, max_model_len=MAX_MODEL_LEN)
+    config = from_table(
+        EngineConfig,
+        {
+            "model": case.model,
+            "max_model_len": MAX_MODEL_LEN,
+            "quantization": case.quantization,
+            "kv_cache_dtype": case.kv_cache_dtype,
+        },
+    )
     mesh = Mesh(np.array([device]).reshape(1, 1), AXES)
     # Kernels take the hardware's facts from the mesh: without it, from the CPU.
     with jax.set_mesh(mesh):
         dtypes = dtypes_for(config, platform)
         model = abstract_model(
-            hf_config, mesh, dtype=dtypes.weights, activation_dtype=dtypes.activations
+            hf_config,
+            mesh,
+            dtype=dtypes.weights,
+            activation_dtype=dtypes.activations,
+            quantization=case.quantization,
         )
         settings = settings_for(config, model, dtypes, device)
         state = abstract_state(settings, NUM_PAGES, SingleDeviceSharding(device))
@@ -148,10 +167,25 @@ def compile_case(case: Case, bucket_name: str) -> Program:
             options["xla_gpu_autotune_level"] = "0"  # no device to time the candidates
         compiled = lower_step(model, spec, state, bucket).compile(compiler_options=options)
         seconds = time.monotonic() - started_s
-    return inspect(compiled, state, bucket, seconds)
+    return inspect(compiled, state, bucket, seconds, weights_of(model))
 
 
-def inspect(compiled: jax.stages.Compiled, state: Any, bucket: Bucket, seconds: float) -> Program:
+def weights_of(model: AbstractModel) -> list[tuple[int, ...]]:
+    """Returns the shapes of the quantised matrices: what a step must not write out as floats."""
+    return [
+        parameter.dense.shape
+        for parameter in model.parameters
+        if isinstance(parameter.value, QuantizedWeight)
+    ]
+
+
+def inspect(
+    compiled: jax.stages.Compiled,
+    state: Any,
+    bucket: Bucket,
+    seconds: float,
+    quantized: Sequence[tuple[int, ...]] = (),  # shapes of matrices
+) -> Program:
     """Returns the sizes of a compiled step, and its faults."""
     sizes: Any = compiled.memory_analysis()
     text = compiled.as_text() or ""
@@ -168,6 +202,7 @@ def inspect(compiled: jax.stages.Compiled, state: Any, bucket: Bucket, seconds: 
         peak_bytes=sizes.peak_memory_in_bytes,
         state_bytes=state_bytes,
         num_state_copies=_count_copies(text, state),
+        num_dense_weights=count_dense(text, quantized),
         faults=tuple(faults),
     )
 
@@ -177,6 +212,30 @@ def _count_copies(text: str, state: Any) -> int:
     shapes = {tuple(leaf.shape) for leaf in jax.tree.leaves(state.cache)}
     copies = re.findall(r"= u?[a-z]+\d+\[([\d,]+)\]\S* copy\(", text)
     return sum(tuple(map(int, copy.split(","))) in shapes for copy in copies)
+
+
+def count_dense(text: str, shapes: Sequence[tuple[int, ...]]) -> int:
+    """Counts the arrays of a program's memory that hold a whole quantised matrix as floats.
+
+    What is computed within a fusion is never in memory: only what fusions return is.
+    """
+    fused = set(re.findall(r"fusion\(.*calls=%?([\w.-]+)", text))
+    count, is_fused = 0, False
+    for line in text.splitlines():
+        if opened := re.match(r"(?:ENTRY )?%?([\w.-]+) \(.*\{$", line):
+            is_fused = opened[1] in fused
+        array = re.match(r"\s+(?:ROOT )?%?[\w.-]+ = (?:bf16|f16|f32)\[([\d,]+)\]", line)
+        if array and not is_fused and " parameter(" not in line and " bitcast(" not in line:
+            sizes = list(map(int, array[1].split(",")))
+            count += any(_is_reshaped(sizes, shape) for shape in set(shapes))
+    return count
+
+
+def _is_reshaped(sizes: list[int], shape: tuple[int, ...]) -> bool:
+    """Returns whether dimensions are those of a matrix `[out, in]`, each split further or not."""
+    return math.prod(sizes) == math.prod(shape) and shape[0] in itertools.accumulate(
+        sizes, operator.mul
+    )
 
 
 def use_compilers() -> None:
@@ -214,7 +273,10 @@ def _line(program: Program) -> str:
     )
     numbers = " ".join(f"{size / 2**20:9.1f}" for size in sizes)
     verdict = "; ".join(program.faults) or "compiled"
-    return f"{program.seconds:7.1f} {numbers} {program.num_state_copies:6}  {verdict}"
+    return (
+        f"{program.seconds:7.1f} {numbers} {program.num_state_copies:6} "
+        f"{program.num_dense_weights:5}  {verdict}"
+    )
 
 
 def main() -> int:
@@ -222,19 +284,27 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--target", choices=TARGETS, action="append", help="repeat for several")
     parser.add_argument("--model", choices=MODELS, action="append", help="repeat for several")
+    parser.add_argument("--quantization", default="auto", help="as `jaxserve serve` takes it")
+    parser.add_argument("--kv-cache-dtype", default="auto", help="as `jaxserve serve` takes it")
     parser.add_argument("--layers", type=int, help="cut the models to this many layers")
     options = parser.parse_args()
     use_compilers()
     jax.config.update("jax_numpy_dtype_promotion", "strict")
     jax.config.update("jax_numpy_rank_promotion", "raise")
     cases = [
-        Case(target=target, model=model, num_layers=options.layers)
+        Case(
+            target=target,
+            model=model,
+            num_layers=options.layers,
+            quantization=options.quantization,
+            kv_cache_dtype=options.kv_cache_dtype,
+        )
         for target in options.target or TARGETS
         for model in options.model or MODELS
     ]
     print(
         f"{'target':6} {'model':13} {'bucket':7} {'seconds':>7} {'temp MiB':>9} {'alias MiB':>9} "
-        f"{'args MiB':>9} {'peak MiB':>9} {'copies':>6}  verdict"
+        f"{'args MiB':>9} {'peak MiB':>9} {'copies':>6} {'dense':>5}  verdict"
     )
     all_good = True
     for line, is_good in rows_of(cases):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -21,12 +21,15 @@ from jaxserve.models.quantizing import (
     TYPE_OF,
     abstract_weight,
     dummy_arrays,
+    is_layer_matrix,
     load_time_format,
     num_bytes,
     quantized_arrays,
 )
 from jaxserve.models.registry import family_for
 from jaxserve.ops.quantization import QuantizedWeight
+
+Formats: TypeAlias = Mapping[str, WeightFormat] | WeightFormat  # by name, or of every matrix
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +80,7 @@ def abstract_model(
     dtype: jnp.dtype,
     activation_dtype: jnp.dtype,
     quantization: str = "auto",  # of matrices at load, as `EngineConfig` has it
-    formats: Mapping[str, WeightFormat] | None = None,  # of what the checkpoint holds quantised
+    formats: Formats | None = None,  # of what the checkpoint holds quantised
 ) -> AbstractModel:
     """Returns the model that a Hugging Face config describes; WeightError if it is unknown."""
     family = family_for(hf_config)
@@ -85,7 +88,6 @@ def abstract_model(
         config = family.config.from_hf(hf_config)
     except KeyError as error:
         raise WeightError(f"config.json: lacks {error.args[0]!r}") from error
-    formats = formats or {}
     _check_request(quantization, formats)
     build = functools.partial(family.model, config, dtype=dtype, activation_dtype=activation_dtype)
     graph, state = nnx.split(nnx.eval_shape(build))
@@ -95,13 +97,21 @@ def abstract_model(
         axes = variable.get_metadata("axes")
         leaf = variable.get_value()
         dense = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding_for(mesh, axes))
-        format = formats.get(name)
-        if format is None and not formats:
+        if not formats:
             format = load_time_format(quantization, axes, leaf.shape)
+        elif isinstance(formats, WeightFormat):
+            format = formats if is_layer_matrix(axes) else None
+        else:
+            format = formats.get(name)
         value = dense if format is None else abstract_weight(format, dense, axes, mesh)
         flat.append((path, variable.replace(value)))
         parameters.append(
-            Parameter(name=name, dense=dense, value=value, is_stored_quantized=name in formats)
+            Parameter(
+                name=name,
+                dense=dense,
+                value=value,
+                is_stored_quantized=bool(formats) and format is not None,
+            )
         )
     model = AbstractModel(
         config=config,
@@ -114,8 +124,9 @@ def abstract_model(
     return model
 
 
-def _check_request(quantization: str, formats: Mapping[str, WeightFormat]) -> None:
-    types = sorted({format.type for format in formats.values()})
+def _check_request(quantization: str, formats: Formats | None) -> None:
+    stored = [formats] if isinstance(formats, WeightFormat) else (formats or {}).values()
+    types = sorted({format.type for format in stored})
     if types and quantization != "auto" and types != [TYPE_OF[quantization]]:
         raise WeightError(
             f"quantization is {quantization!r}; the checkpoint is quantised already, to "
@@ -123,9 +134,14 @@ def _check_request(quantization: str, formats: Mapping[str, WeightFormat]) -> No
         )
 
 
-def stored_formats(checkpoint: Checkpoint) -> Mapping[str, WeightFormat]:
-    """Returns how the parameters that a checkpoint holds quantised are quantised."""
-    return checkpoint.formats if isinstance(checkpoint, QuantizedCheckpoint) else {}
+def stored_formats(checkpoint: Checkpoint) -> Formats:
+    """Returns how the parameters that a checkpoint holds quantised are quantised.
+
+    One opened without weights has only its config's word, which is of all layers' matrices.
+    """
+    if not isinstance(checkpoint, QuantizedCheckpoint):
+        return {}
+    return checkpoint.formats if checkpoint.names else checkpoint.format
 
 
 def load_params(

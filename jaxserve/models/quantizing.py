@@ -27,6 +27,14 @@ TYPE_OF = {"int4": "int4", "int8": "int8", "fp8": "float8_e4m3fn"}
 _MOST_COLUMNS, _LEAST_COLUMNS = 128, 32  # that share a scale in int4
 
 
+def is_layer_matrix(axes: Axes) -> bool:
+    """Returns whether a parameter is a matrix that a layer multiplies by.
+
+    Embedding and head are none: they stay in 16 bit, as vLLM keeps them.
+    """
+    return len(axes) == 2 and "vocab" not in axes
+
+
 def load_time_format(
     quantization: str,  # as `EngineConfig` has it
     axes: Axes,
@@ -34,10 +42,9 @@ def load_time_format(
 ) -> WeightFormat | None:
     """Returns how a parameter is quantised as it is loaded; None keeps it as it is.
 
-    Embedding and head stay in 16 bit, as vLLM keeps them: a token's logits and its row suffer
-    more from rounding than a layer's product does. WeightError for a width int4 cannot divide.
+    Raises WeightError for a width that int4 cannot divide.
     """
-    if quantization == "auto" or len(axes) != 2 or "vocab" in axes:
+    if quantization == "auto" or not is_layer_matrix(axes):
         return None
     if quantization == "int8":
         return WeightFormat(type="int8")

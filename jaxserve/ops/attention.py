@@ -98,9 +98,8 @@ def choose_backend(
     """
     own = KERNELS.get(device.platform, "reference")
     if requested not in ("auto", "reference", own):
-        raise ConfigError(
-            f"attention_backend is {requested!r}; a {device.platform} has {own!r} and 'reference'"
-        )
+        known = " and ".join(dict.fromkeys((own, "reference")))
+        raise ConfigError(f"attention_backend is {requested!r}; a {device.platform} has {known}")
     backend = own if requested == "auto" else requested
     layout = _layout(backend, shape)
     reason = refusal(

@@ -17,9 +17,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.ragged_paged_attention import gpu_tiles as tiles
-from pallas_kernels.ragged_paged_attention.gpu_blocks import DecodeBlocks
+from pallas_kernels.ragged_paged_attention.gpu_blocks import ROWS, DecodeBlocks
 from pallas_kernels.ragged_paged_attention.gpu_compat import compiler_params, interpreter
-from pallas_kernels.ragged_paged_attention.gpu_tiles import MASKED, ROWS
+from pallas_kernels.ragged_paged_attention.gpu_tiles import MASKED
 
 
 def items_of(
@@ -85,7 +85,7 @@ def attend_decode(
         "value_tile": plgpu.SMEM((ROWS, head_dim // 2), jnp.float32),
         "stats_tile": plgpu.SMEM((2, ROWS), jnp.float32),
         "q_full": plgpu.Barrier(),
-        **tiles.ring_types(head_dim, q.dtype, cache[0], blocks, readers=1),
+        **tiles.ring_types(head_dim, q.dtype, cache[0], blocks.block_kv, blocks.stages, readers=1),
     }
     kernel = plgpu.kernel(
         partial(
@@ -127,16 +127,11 @@ def _item_kernel(
     partial_stats,  # [items, groups, 2, ROWS] f32, peak and total
     # scratch
     q_tile,  # [1, ROWS, head_dim]
-    k_tiles,  # [stages, block_kv, head_dim]
-    v_tiles,  # [stages, block_kv, head_dim]
     value_tile,  # [ROWS, head_dim / 2] f32
     stats_tile,  # [2, ROWS] f32
     q_full,
-    k_full,
-    v_full,
-    k_free,
-    v_free,
-    v_raw,
+    key_ring: tiles.Ring,
+    value_ring: tiles.Ring,
     *,
     page_size: int,
     is_windowed: bool,
@@ -148,22 +143,20 @@ def _item_kernel(
     sequence, begin, end = items[item, 0], items[item, 1], items[item, 2]
     kv_head = lax.div(group, jnp.int32(q.shape[1] // keys.shape[2]))
     context = tiles.Context(sequence, kv_head, items[item, 3], kv_lens[sequence])
-    k_ring = tiles.Ring(k_tiles, k_full, k_free)
-    v_ring = tiles.Ring(v_tiles, v_full, v_free)
-    _, block_kv, head_dim = k_tiles.shape
+    block_kv, head_dim = key_ring.tiles.shape[1:]
+    stream = tiles.Stream(key_ring, value_ring, begin, end)
 
     @pl.when((begin < end) & is_producer)
     def _load():
-        tiles.load_blocks(
-            begin, end, context, page_table, page_size, keys, values, k_ring, v_ring, v_raw,
-            interpret,
-        )  # fmt: skip
+        pages = tiles.Pages(page_table, page_size, keys, values)
+        tiles.load_blocks(stream, pages, context, interpret)
 
     @pl.when((begin < end) & jnp.logical_not(is_producer))
     def _compute():
         group_size = q.shape[2]
         plgpu.copy_gmem_to_smem(q.at[sequence, group], q_tile.at[0, pl.ds(0, group_size)], q_full)
         plgpu.barrier_wait(q_full)
+        logit_factor = factor[0]
 
         def mask(logits, block):
             position = tiles.count(logits.shape, 1, interpret) + block * block_kv
@@ -174,9 +167,8 @@ def _item_kernel(
 
         def visit(block, state):
             return tiles.visit(
-                block, begin, end, state, q_tile.at[0], k_ring, v_ring, factor[0], soft_cap, mask,
-                interpret,
-            )  # fmt: skip
+                block, state, stream, q_tile.at[0], logit_factor, soft_cap, mask, interpret
+            )
 
         state = tiles.start(
             jnp.full((ROWS,), MASKED, jnp.float32),

@@ -9,6 +9,7 @@ without masks. One more warpgroup starts the copies of pages into a ring of shar
 from __future__ import annotations
 
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,9 +18,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.ragged_paged_attention import gpu_tiles as tiles
-from pallas_kernels.ragged_paged_attention.gpu_blocks import PrefillBlocks
+from pallas_kernels.ragged_paged_attention.gpu_blocks import ROWS, PrefillBlocks
 from pallas_kernels.ragged_paged_attention.gpu_compat import compiler_params, interpreter
-from pallas_kernels.ragged_paged_attention.gpu_tiles import MASKED, ROWS
+from pallas_kernels.ragged_paged_attention.gpu_tiles import MASKED
 
 # Two warpgroups that compute and one that loads share the 65,536 registers of an SM.
 COMPUTE_REGISTERS, LOADER_REGISTERS = 224, 56
@@ -94,7 +95,14 @@ def attend_prefill(
             "out_tiles": plgpu.SMEM(shape, out_dtype),
             "sink_tile": plgpu.SMEM((blocks.warpgroups, ROWS), jnp.float32),
             "q_full": plgpu.Barrier(num_arrivals=2, num_barriers=blocks.warpgroups),
-            **tiles.ring_types(head_dim, q.dtype, cache[0], blocks, readers=blocks.warpgroups),
+            **tiles.ring_types(
+                head_dim,
+                q.dtype,
+                cache[0],
+                blocks.block_kv,
+                blocks.stages,
+                readers=blocks.warpgroups,
+            ),
         },
         grid=(items.shape[0], groups),
         grid_names=("item", "group"),
@@ -126,13 +134,8 @@ def _tile_kernel(
     out_tiles,  # [warpgroups, ROWS, head_dim]
     sink_tile,  # [warpgroups, ROWS] f32
     q_full,
-    k_tiles,  # [stages, block_kv, head_dim]
-    v_tiles,  # [stages, block_kv, head_dim]
-    k_full,
-    v_full,
-    k_free,
-    v_free,
-    v_raw,
+    key_ring: tiles.Ring,
+    value_ring: tiles.Ring,
     *,
     group_size: int,
     page_size: int,
@@ -144,36 +147,20 @@ def _tile_kernel(
     item = lax.axis_index("item")
     sequence, row, num_tokens, position = (items[item, column] for column in range(4))
     warpgroups, _, head_dim = q_tiles.shape
-    stages, block_kv, _ = k_tiles.shape
-    k_ring = tiles.Ring(k_tiles, k_full, k_free)
-    v_ring = tiles.Ring(v_tiles, v_full, v_free)
+    block_kv = key_ring.tiles.shape[1]
     tokens = ROWS // group_size  # of a warpgroup
 
-    def block_of(position):
-        return lax.div(position, jnp.int32(block_kv))
-
-    # Blocks [begin, end) are seen; of these, [whole, part) by every row and whole.
-    seen_to = position + num_tokens
-    end = block_of(seen_to + (block_kv - 1))
-    part = block_of(position + 1)
-    first = begin = whole = jnp.int32(0)
-    if sliding_window is not None:
-        first = jnp.maximum(position + 1 - sliding_window, 0)
-        begin = block_of(first)
-        whole = block_of(jnp.maximum(seen_to - sliding_window, 0) + (block_kv - 1))
-        whole = jnp.minimum(whole, end)
-        part = jnp.maximum(part, whole)
+    walk = _walk_of(position, num_tokens, sliding_window, block_kv)
     kv_head = lax.div(group, jnp.int32(q.shape[0] // keys.shape[2]))
-    context = tiles.Context(sequence, kv_head, first, kv_lens[sequence])
+    context = tiles.Context(sequence, kv_head, walk.first, kv_lens[sequence])
+    stream = tiles.Stream(key_ring, value_ring, walk.begin, walk.end)
 
     @pl.when((num_tokens > 0) & (warpgroup == warpgroups))
     def _load():
         if warpgroups > 1:
             plgpu.set_max_registers(LOADER_REGISTERS, action="decrease")
-        tiles.load_blocks(
-            begin, end, context, page_table, page_size, keys, values, k_ring, v_ring, v_raw,
-            interpret,
-        )  # fmt: skip
+        pages = tiles.Pages(page_table, page_size, keys, values)
+        tiles.load_blocks(stream, pages, context, interpret)
 
     @pl.when((num_tokens > 0) & (warpgroup < warpgroups))
     def _compute():
@@ -188,6 +175,7 @@ def _tile_kernel(
         q_tile[...] = tiles.spread(staging[...], interpret)
         plgpu.commit_smem()
         own_position = position + warpgroup * tokens
+        logit_factor = factor[0]
 
         def mask(logits, block):
             # Row r has position own_position + r // group_size; products spare the division.
@@ -199,22 +187,52 @@ def _tile_kernel(
             return jnp.where(is_seen, logits, jnp.full_like(logits, MASKED))
 
         def visit(block, state, *, is_masked):
+            block_mask = mask if is_masked else None
             return tiles.visit(
-                block, begin, end, state, q_tile, k_ring, v_ring, factor[0], soft_cap,
-                mask if is_masked else None, interpret,
-            )  # fmt: skip
+                block, state, stream, q_tile, logit_factor, soft_cap, block_mask, interpret
+            )
 
         peak = tiles.spread(sink_tile[warpgroup], interpret) * tiles.LOG2E
         total = jnp.where(peak > MASKED, jnp.ones_like(peak), jnp.zeros_like(peak))
         state = tiles.start(peak, total, head_dim, interpret)
         if sliding_window is not None:
-            state = lax.fori_loop(begin, whole, partial(visit, is_masked=True), state)
-        state = lax.fori_loop(whole, part, partial(visit, is_masked=False), state)
-        state = lax.fori_loop(part, end, partial(visit, is_masked=True), state)
+            state = lax.fori_loop(walk.begin, walk.whole, partial(visit, is_masked=True), state)
+        state = lax.fori_loop(walk.whole, walk.part, partial(visit, is_masked=False), state)
+        state = lax.fori_loop(walk.part, walk.end, partial(visit, is_masked=True), state)
         out_tiles[warpgroup] = tiles.finish(state).astype(out_tiles.dtype)
         plgpu.commit_smem()
         own_tokens = num_tokens - warpgroup * tokens
         _store(out_tiles.at[warpgroup], out.at[group], own_row, own_tokens, tokens, group_size)
+
+
+class _Walk(NamedTuple):
+    """The blocks `[begin, end)` that a tile sees; every row sees all of `[whole, part)`."""
+
+    first: jax.Array  # [] i32, first position seen
+    begin: jax.Array
+    whole: jax.Array
+    part: jax.Array
+    end: jax.Array
+
+
+def _walk_of(
+    position: jax.Array,  # [] i32, of the tile's first token
+    num_tokens: jax.Array,  # [] i32
+    sliding_window: int | None,
+    block_kv: int,
+) -> _Walk:
+    def block_of(position: jax.Array) -> jax.Array:
+        return lax.div(position, jnp.int32(block_kv))
+
+    zero = jnp.int32(0)
+    seen_to = position + num_tokens
+    end, part = block_of(seen_to + (block_kv - 1)), block_of(position + 1)
+    if sliding_window is None:
+        return _Walk(zero, zero, zero, part, end)
+    first = jnp.maximum(position + 1 - sliding_window, zero)
+    whole = block_of(jnp.maximum(seen_to - sliding_window, zero) + (block_kv - 1))
+    whole = jnp.minimum(whole, end)
+    return _Walk(first, block_of(first), whole, jnp.maximum(part, whole), end)
 
 
 def _store(

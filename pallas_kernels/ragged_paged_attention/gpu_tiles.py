@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -17,9 +18,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.ragged_paged_attention.gpu_blocks import RAW_STAGES, ROWS
 from pallas_kernels.ragged_paged_attention.gpu_compat import transposed
 
-ROWS = 64  # of queries in a tile: M of wgmma
 MASKED = -1e30  # finite: the difference of two is 0, not NaN
 LOG2E = math.log2(math.e)
 
@@ -91,7 +92,7 @@ def logits_of(
             return accumulator[...]
 
         shape = (q_tile.shape[0], k_tile.shape[0])
-        product = pl.run_scoped(multiply, plgpu.ACC(shape, jnp.float32))
+        product = pl.run_scoped(multiply, plgpu.WGMMAAccumulatorRef(shape, jnp.float32))
     if soft_cap is None:
         return product * (factor * LOG2E)
     return jnp.tanh(product * (factor / soft_cap)) * (soft_cap * LOG2E)
@@ -127,37 +128,13 @@ def add_values(
     def multiply(accumulator):
         plgpu.wgmma(accumulator, weight, v_tile)
 
-    return state._replace(value=pl.run_state(multiply)(plgpu.ACC.init(state.value)))
+    return state._replace(value=pl.run_state(multiply)(plgpu.WGMMAAccumulatorRef.init(state.value)))
 
 
 def finish(state: Softmax) -> jax.Array:  # [ROWS, head_dim] f32
     """Returns the weighted mean of the values; zeros for a row that saw no key."""
     share = 1.0 / jnp.maximum(state.total, 1e-30)
     return state.value * across(share, state.value.shape[1])
-
-
-def clear_unseen(
-    v_tile,  # [rows, head_dim]
-    position: jax.Array,  # [] i32, of the tile's first row
-    seen_from: jax.Array,  # [] i32
-    seen_to: jax.Array,  # [] i32
-    interpret: bool,
-) -> None:
-    """Zeroes the values of positions outside `[seen_from, seen_to)`.
-
-    A row that was never written may hold anything, NaN included, and 0 * NaN is NaN.
-    """
-    rows, head_dim = v_tile.shape
-    # A few columns at once: the registers are full of the accumulator.
-    width = swizzle_of(head_dim, v_tile.dtype) // v_tile.dtype.itemsize
-    for first in range(0, rows, ROWS):
-        row = count((ROWS, width), 0, interpret) + (position + first)
-        is_seen = (row >= seen_from) & (row < seen_to)
-        for column in range(0, head_dim, width):
-            part = v_tile.at[pl.ds(first, ROWS), pl.ds(column, width)]
-            values = spread(part[...], interpret)
-            part[...] = jnp.where(is_seen, values, jnp.zeros_like(values))
-    plgpu.commit_smem()
 
 
 class Context(NamedTuple):
@@ -169,138 +146,230 @@ class Context(NamedTuple):
     length: jax.Array  # [] i32, positions that hold a key
 
 
+class Pages(NamedTuple):
+    """Where keys and values are, in GPU memory."""
+
+    table: Any  # [sequences, pages_per_sequence] i32
+    page_size: int
+    keys: Any  # [parts, part_size, kv_heads, head_dim]
+    values: Any  # [parts, part_size, kv_heads, head_dim]
+
+
 class Ring(NamedTuple):
-    """Blocks of keys or values in shared memory, one being read while others arrive."""
+    """Blocks of keys or values in shared memory, some being read while others arrive."""
 
     tiles: Any  # [stages, block_kv, head_dim]
-    full: Any  # [stages] barriers: the copies of a block have arrived
+    full: Any  # [stages] barriers: a block has arrived
     free: Any  # [stages] barriers: a block has been read, and another will follow
+    raw: Any  # [1 or RAW_STAGES] barriers: a block has arrived that is not yet what is to be read
+    raw_tiles: Any = None  # [RAW_STAGES, block_kv, head_dim], of 8-bit pages
+
+
+class Stream(NamedTuple):
+    """Blocks `[begin, end)` of a context on their way through shared memory."""
+
+    keys: Ring
+    values: Ring
+    begin: jax.Array  # [] i32
+    end: jax.Array  # [] i32
+
+    def slot(self, block: jax.Array) -> jax.Array:
+        """Returns the place of a block in the rings."""
+        return lax.rem(block - self.begin, jnp.int32(self.keys.tiles.shape[0]))
 
 
 def ring_types(
-    head_dim: int, dtype: Any, pages: jax.Array, blocks: Any, *, readers: int
+    head_dim: int,
+    dtype: Any,
+    pages: jax.Array,  # [pages, page_size, kv_heads, head_dim]
+    block_kv: int,
+    stages: int,
+    *,
+    readers: int,
 ) -> dict[str, Any]:
-    """Returns the scratch of two rings; `readers` warpgroups free a block."""
-    copies = max(1, blocks.block_kv // pages.shape[1])
-    types = {"v_raw": plgpu.Barrier(num_arrivals=copies)}
-    for side in ("k", "v"):
-        types |= {
-            f"{side}_tiles": tile(blocks.block_kv, head_dim, dtype, copies=blocks.stages),
-            f"{side}_full": plgpu.Barrier(num_arrivals=copies, num_barriers=blocks.stages),
-            f"{side}_free": plgpu.Barrier(num_arrivals=readers, num_barriers=blocks.stages),
-        }
-    return types
+    """Returns the scratch of the rings of keys and values; `readers` warpgroups free a block."""
+    copies = max(1, block_kv // pages.shape[1])
+    is_narrow = pages.dtype.itemsize == 1
+
+    def ring() -> Ring:
+        return Ring(
+            tiles=tile(block_kv, head_dim, dtype, copies=stages),
+            full=plgpu.Barrier(num_arrivals=1 if is_narrow else copies, num_barriers=stages),
+            free=plgpu.Barrier(num_arrivals=readers, num_barriers=stages),
+            raw=plgpu.Barrier(num_arrivals=copies, num_barriers=RAW_STAGES if is_narrow else 1),
+            raw_tiles=plgpu.SMEM((RAW_STAGES, block_kv, head_dim), pages.dtype)
+            if is_narrow
+            else None,
+        )
+
+    return {"key_ring": ring(), "value_ring": ring()}
 
 
 def visit(
     block: jax.Array,  # [] i32
-    begin: jax.Array,  # [] i32
-    end: jax.Array,  # [] i32
     state: Softmax,
+    stream: Stream,
     q_tile,  # [ROWS, head_dim]
-    k_ring: Ring,
-    v_ring: Ring,
     factor: jax.Array,  # [] f32, makes a product of stored numbers a logit
     soft_cap: float | None,
-    mask: Callable[[jax.Array, jax.Array], jax.Array] | None,
+    mask: Callable[[jax.Array, jax.Array], jax.Array] | None,  # of logits and block
     interpret: bool,
 ) -> Softmax:
-    """Returns the state with one of the blocks `[begin, end)`, and frees its place in the rings."""
-    stages = k_ring.tiles.shape[0]
-    slot = lax.rem(block - begin, jnp.int32(stages))
-
-    def free(ring: Ring) -> None:
-        # An arrival that nobody waits for would be left over when the kernel ends.
-        @pl.when(block + stages < end)
-        def _arrive():
-            plgpu.barrier_arrive(ring.free.at[slot])
-
-    plgpu.barrier_wait(k_ring.full.at[slot])
-    logits = logits_of(q_tile, k_ring.tiles.at[slot], factor, soft_cap, interpret)
-    free(k_ring)
+    """Returns the state with one more block of the stream, and frees its place in the rings."""
+    slot = stream.slot(block)
+    plgpu.barrier_wait(stream.keys.full.at[slot])
+    logits = logits_of(q_tile, stream.keys.tiles.at[slot], factor, soft_cap, interpret)
+    _free(stream.keys, block, stream)
     if mask is not None:
         logits = mask(logits, block)
     state, weight = weigh(state, logits)
-    state, weight = lax.optimization_barrier((state, weight.astype(v_ring.tiles.dtype)))
-    plgpu.barrier_wait(v_ring.full.at[slot])
-    state = add_values(state, weight, v_ring.tiles.at[slot], interpret)
-    free(v_ring)
+    # Without this barrier the compiler keeps the weights as float32 too, and spills.
+    state, weight = lax.optimization_barrier((state, weight.astype(q_tile.dtype)))
+    plgpu.barrier_wait(stream.values.full.at[slot])
+    state = add_values(state, weight, stream.values.tiles.at[slot], interpret)
+    _free(stream.values, block, stream)
     return state
 
 
-def load_blocks(
-    begin: jax.Array,  # [] i32
-    end: jax.Array,  # [] i32
-    context: Context,
-    page_table,  # [sequences, pages_per_sequence] i32
-    page_size: int,
-    keys,  # [parts, part_size, kv_heads, head_dim]
-    values,  # [parts, part_size, kv_heads, head_dim]
-    k_ring: Ring,
-    v_ring: Ring,
-    v_raw,  # barrier: values have arrived that are still to be cleared
-    interpret: bool,
-) -> None:
-    """Fills the rings with blocks `[begin, end)`; run by a warpgroup of its own.
+def _free(ring: Ring, block: jax.Array, stream: Stream) -> None:
+    # An arrival that nobody waits for would be left over when the kernel ends.
+    @pl.when(block + ring.tiles.shape[0] < stream.end)
+    def _arrive():
+        plgpu.barrier_arrive(ring.free.at[stream.slot(block)])
+
+
+def _wait_until_free(ring: Ring, block: jax.Array, stream: Stream) -> None:
+    @pl.when(block - stream.begin >= ring.tiles.shape[0])
+    def _wait():
+        plgpu.barrier_wait(ring.free.at[stream.slot(block)])
+
+
+def load_blocks(stream: Stream, pages: Pages, context: Context, interpret: bool) -> None:
+    """Fills the rings with the blocks of the stream; run by a warpgroup of its own.
 
     A row that was never written may hold anything, NaN included, and 0 * NaN is NaN: values that
     no query sees are cleared, which only the outermost blocks have.
     """
-    stages, block_kv, _ = k_ring.tiles.shape
+    if stream.keys.raw_tiles is None:
+        load = partial(_load_block, stream, pages, context, interpret)
+    else:
+        _start_narrow_block(stream.begin, stream, pages, context)
+        load = partial(_load_narrow_block, stream, pages, context, interpret)
 
-    def load(block, _):
-        index = block - begin
-        slot = lax.rem(index, jnp.int32(stages))
-        ids = page_ids(page_table, context, block, block_kv, page_size)
-        _wait_until_free(k_ring, index, slot)
-        copy_parts(keys, ids, context.kv_head, k_ring.tiles.at[slot], k_ring.full.at[slot])
-        _wait_until_free(v_ring, index, slot)
-        first = block * block_kv
-        is_edge = (first < context.first) | (first + block_kv > context.length)
-        v_tile = v_ring.tiles.at[slot]
-
-        @pl.when(jnp.logical_not(is_edge))
-        def _copy():
-            copy_parts(values, ids, context.kv_head, v_tile, v_ring.full.at[slot])
-
-        @pl.when(is_edge)
-        def _copy_and_clear():
-            copy_parts(values, ids, context.kv_head, v_tile, v_raw)
-            plgpu.barrier_wait(v_raw)
-            clear_unseen(v_tile, first, context.first, context.length, interpret)
-            for _ in ids:  # as many as the copies would have sent
-                plgpu.barrier_arrive(v_ring.full.at[slot])
-
+    def step(block, _):
+        load(block)
         return ()
 
-    lax.fori_loop(begin, end, load, ())
+    lax.fori_loop(stream.begin, stream.end, step, ())
 
 
-def _wait_until_free(ring: Ring, index: jax.Array, slot: jax.Array) -> None:
-    @pl.when(index >= ring.tiles.shape[0])
-    def _wait():
-        plgpu.barrier_wait(ring.free.at[slot])
+def _load_block(
+    stream: Stream, pages: Pages, context: Context, interpret: bool, block: jax.Array
+) -> None:
+    """Copies a block straight to its place, where it is to be read as it is stored."""
+    slot, ring = stream.slot(block), stream.values
+    block_kv = ring.tiles.shape[1]
+    ids = page_ids(pages, context, block, block_kv)
+    _wait_until_free(stream.keys, block, stream)
+    copy_parts(pages.keys, ids, context, stream.keys.tiles.at[slot], stream.keys.full.at[slot])
+    _wait_until_free(ring, block, stream)
+    first = block * block_kv
+    is_edge = (first < context.first) | (first + block_kv > context.length)
+
+    @pl.when(jnp.logical_not(is_edge))
+    def _copy():
+        copy_parts(pages.values, ids, context, ring.tiles.at[slot], ring.full.at[slot])
+
+    @pl.when(is_edge)
+    def _copy_and_clear():
+        copy_parts(pages.values, ids, context, ring.tiles.at[slot], ring.raw.at[0])
+        plgpu.barrier_wait(ring.raw.at[0])
+        tile = ring.tiles.at[slot]
+        convert_rows(tile, tile, _is_seen(first, context), interpret)
+        plgpu.commit_smem()
+        for _ in ids:  # as many as the copies would have sent
+            plgpu.barrier_arrive(ring.full.at[slot])
+
+
+def _start_narrow_block(block: jax.Array, stream: Stream, pages: Pages, context: Context) -> None:
+    """Starts the copies of a block of 8-bit pages."""
+    ids = page_ids(pages, context, block, stream.keys.tiles.shape[1])
+    raw_slot = lax.rem(block - stream.begin, jnp.int32(RAW_STAGES))
+    for stored, ring in ((pages.keys, stream.keys), (pages.values, stream.values)):
+        copy_parts(stored, ids, context, ring.raw_tiles.at[raw_slot], ring.raw.at[raw_slot])
+
+
+def _load_narrow_block(
+    stream: Stream, pages: Pages, context: Context, interpret: bool, block: jax.Array
+) -> None:
+    """Starts the next block, and converts this one to what the matrix instruction multiplies."""
+
+    @pl.when(block + 1 < stream.end)
+    def _start_next():
+        _start_narrow_block(block + 1, stream, pages, context)
+
+    slot = stream.slot(block)
+    raw_slot = lax.rem(block - stream.begin, jnp.int32(RAW_STAGES))
+    is_seen = _is_seen(block * stream.keys.tiles.shape[1], context)
+    for ring, keep in ((stream.keys, None), (stream.values, is_seen)):
+        plgpu.barrier_wait(ring.raw.at[raw_slot])
+        _wait_until_free(ring, block, stream)
+        convert_rows(ring.raw_tiles.at[raw_slot], ring.tiles.at[slot], keep, interpret)
+        plgpu.commit_smem()
+        plgpu.barrier_arrive(ring.full.at[slot])
+
+
+def _is_seen(first: jax.Array, context: Context) -> Callable[[jax.Array], jax.Array]:
+    """Returns a function of rows of a block: whether any query sees their positions."""
+
+    def is_seen(row: jax.Array) -> jax.Array:
+        return (row >= context.first - first) & (row < context.length - first)
+
+    return is_seen
+
+
+def convert_rows(
+    source,  # [rows, head_dim], shared memory
+    target,  # [rows, head_dim], shared memory; may be the source
+    keep: Callable[[jax.Array], jax.Array] | None,  # of row numbers; the others become zeros
+    interpret: bool,
+) -> None:
+    """Copies a tile, converted to the type of the target."""
+    rows, head_dim = source.shape
+    # A few columns at once: a loader has few registers.
+    width = swizzle_of(head_dim, target.dtype) // target.dtype.itemsize
+    for first in range(0, rows, ROWS):
+        if keep is not None:
+            is_kept = keep(count((ROWS, width), 0, interpret) + first)
+        for column in range(0, head_dim, width):
+            part = (pl.ds(first, ROWS), pl.ds(column, width))
+            values = source.at[part][...]
+            if source.dtype != target.dtype:
+                values = values.astype(jnp.float32).astype(target.dtype)
+            values = spread(values, interpret)
+            if keep is not None:
+                values = jnp.where(is_kept, values, jnp.zeros_like(values))
+            target.at[part][...] = values
 
 
 def page_ids(
-    page_table,  # [sequences, pages_per_sequence] i32
+    pages: Pages,
     context: Context,
     block: jax.Array,  # [] i32
     block_kv: int,
-    page_size: int,
 ) -> list[jax.Array]:
     """Returns where the parts of a block of keys are, in `parts_of_pages`."""
     # The last block may reach past the pages that the sequence has.
-    last = lax.div(context.length - 1, jnp.int32(page_size))
-    size = min(page_size, block_kv)
+    last = lax.div(context.length - 1, jnp.int32(pages.page_size))
+    size = min(pages.page_size, block_kv)
     ids = []
     for part in range(block_kv // size):
         position = block * block_kv + part * size
-        index = jnp.minimum(lax.div(position, jnp.int32(page_size)), last)
-        page = page_table[context.sequence, index]
-        if page_size > size:
-            page = page * (page_size // size)
-            page += lax.div(lax.rem(position, jnp.int32(page_size)), jnp.int32(size))
+        index = jnp.minimum(lax.div(position, jnp.int32(pages.page_size)), last)
+        page = pages.table[context.sequence, index]
+        if pages.page_size > size:
+            page = page * (pages.page_size // size)
+            page += lax.div(lax.rem(position, jnp.int32(pages.page_size)), jnp.int32(size))
         ids.append(page)
     return ids
 
@@ -314,14 +383,14 @@ def parts_of_pages(
 
 
 def copy_parts(
-    pages,  # [parts, part_size, kv_heads, head_dim]
+    stored,  # [parts, part_size, kv_heads, head_dim]
     ids: list[jax.Array],
-    kv_head: jax.Array,
-    rows,  # [block_kv, head_dim], shared memory
+    context: Context,
+    tile,  # [block_kv, head_dim], shared memory
     barrier,
 ) -> None:
     """Starts the copies of a block of keys or values; each arrives at the barrier."""
-    size = pages.shape[1]
+    size = stored.shape[1]
     for index, part in enumerate(ids):
-        target = rows.at[pl.ds(index * size, size)]
-        plgpu.copy_gmem_to_smem(pages.at[part, :, kv_head], target, barrier)
+        target = tile.at[pl.ds(index * size, size)]
+        plgpu.copy_gmem_to_smem(stored.at[part, :, context.kv_head], target, barrier)

@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels.ragged_paged_attention.rows import cache_rows, to_stored
+
 _DTYPES = tuple(
     jnp.dtype(name) for name in ("float32", "bfloat16", "float8_e4m3fn", "float8_e5m2", "int8")
 )
@@ -67,17 +69,13 @@ def _from_stored(rows: jax.Array) -> jax.Array:
     return lax.optimization_barrier(rows.astype(jnp.bfloat16))
 
 
-def _to_stored(
-    rows: jax.Array,  # any shape, float
-    dtype: jnp.dtype,  # of pages
-) -> jax.Array:
-    """Returns rows as pages hold them. 8-bit types saturate: float8 would become NaN instead."""
-    if dtype.itemsize > 1:
-        return lax.bitcast_convert_type(rows.astype(value_dtype(dtype)), dtype)
-    is_integer = jnp.issubdtype(dtype, jnp.integer)
-    top = float(jnp.iinfo(dtype).max if is_integer else jnp.finfo(dtype).max)
-    rows = rows.astype(jnp.float32)
-    return jnp.clip(jnp.round(rows) if is_integer else rows, -top, top).astype(dtype)
+def _bits(
+    rows: jax.Array,  # [tokens, kv_heads, head_dim]
+    scale: jax.Array | None,  # [] f32
+    stored: jnp.dtype,  # of pages
+) -> jax.Array:  # [tokens, kv_heads, head_dim], of the type `stored`
+    dtype = value_dtype(stored) if stored.itemsize > 1 else stored
+    return lax.bitcast_convert_type(to_stored(rows, scale, dtype), stored)
 
 
 class _Softmax(NamedTuple):
@@ -121,9 +119,21 @@ def attend(
     # Scaling queries and outputs is cheaper than scaling every stored key and value.
     q_scale = jnp.float32(scale) if k_scale is None else jnp.float32(scale) * k_scale
     q = q.astype(jnp.float32) * q_scale
-    k = k if k_scale is None else k.astype(jnp.float32) / k_scale
-    v = v if v_scale is None else v.astype(jnp.float32) / v_scale
-    cache = _write(cache, k, v, kv_lens, page_table, cu_q_lens, counts)
+    num_pages, page_size, _ = cache[0].shape
+    row = cache_rows(
+        kv_lens,
+        page_table,
+        cu_q_lens,
+        counts,
+        tokens=tokens,
+        num_pages=num_pages,
+        page_size=page_size,
+    )
+    new = ((k, k_scale), (v, v_scale))
+    cache = tuple(
+        _write(pages, row, _bits(rows, side_scale, pages.dtype))
+        for pages, (rows, side_scale) in zip(cache, new, strict=True)
+    )
 
     no_sinks = jnp.full((heads,), _MASKED, jnp.float32)
     rules = _Rules(sliding_window, soft_cap, no_sinks if sinks is None else sinks)
@@ -141,34 +151,18 @@ def attend(
 
 
 def _write(
-    cache: tuple[jax.Array, ...],
-    k: jax.Array,  # [tokens, kv_heads, head_dim]
-    v: jax.Array,  # [tokens, kv_heads, head_dim]
-    kv_lens: jax.Array,
-    page_table: jax.Array,
-    cu_q_lens: jax.Array,
-    counts: jax.Array,
-) -> tuple[jax.Array, ...]:
-    """Puts each token's key and value at its position's row; padding tokens write nowhere."""
-    tokens = k.shape[0]
-    num_pages, page_size, width = cache[0].shape
-    token = jnp.arange(tokens, dtype=jnp.int32)
-    sequence = (token[:, None] >= cu_q_lens[None, 1:]).sum(1, dtype=jnp.int32)
-    sequence = jnp.minimum(sequence, kv_lens.shape[0] - 1)
-    position = jnp.maximum(kv_lens[sequence] - cu_q_lens[sequence + 1] + token, 0)
-    row = page_table[sequence, position // page_size] * page_size + position % page_size
-    row = jnp.where(token < cu_q_lens[counts[1]], row, num_pages * page_size)
-
-    def put(pages: jax.Array, rows: jax.Array) -> jax.Array:
-        flat = pages.reshape(num_pages * page_size, width)
-        rows = _to_stored(rows.reshape(tokens, width), pages.dtype)
-        if pages.dtype.itemsize == 1:  # as with bfloat16, only bits are written in place
-            flat = lax.bitcast_convert_type(flat, jnp.uint8)
-            rows = lax.bitcast_convert_type(rows, jnp.uint8)
-        flat = flat.at[row].set(rows, mode="drop")
-        return lax.bitcast_convert_type(flat, pages.dtype).reshape(pages.shape)
-
-    return put(cache[0], k), put(cache[1], v)
+    pages: jax.Array,  # [pages, page_size, kv_heads * head_dim]
+    row: jax.Array,  # [tokens] i32, of the flat cache
+    rows: jax.Array,  # [tokens, kv_heads, head_dim], as stored
+) -> jax.Array:
+    """Returns the pages with the rows in place; padding tokens write nowhere."""
+    num_pages, page_size, width = pages.shape
+    flat, rows = pages.reshape(num_pages * page_size, width), rows.reshape(-1, width)
+    if pages.dtype.itemsize == 1:  # as with bfloat16, only bits are written in place
+        flat = lax.bitcast_convert_type(flat, jnp.uint8)
+        rows = lax.bitcast_convert_type(rows, jnp.uint8)
+    flat = flat.at[row].set(rows, mode="drop")
+    return lax.bitcast_convert_type(flat, pages.dtype).reshape(pages.shape)
 
 
 def _attend_one(

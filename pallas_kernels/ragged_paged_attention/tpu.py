@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.ragged_paged_attention.rows import to_stored
 from pallas_kernels.ragged_paged_attention.tpu_blocks import (
     decode_blocks,
     tile_blocks,
@@ -141,24 +142,11 @@ def _stored_rows(
     pages: Pages,
 ) -> jax.Array:  # [tokens, kv_heads, sides, lanes]
     """Returns keys and values as the pages keep them."""
-    k, v = (_stored(side, scale, pages.dtype) for side, scale in ((k, k_scale), (v, v_scale)))
+    k, v = (to_stored(side, scale, pages.dtype) for side, scale in ((k, k_scale), (v, v_scale)))
     if pages.is_packed:
         half = pages.values_at
         return jnp.concatenate([_pad(k, half), _pad(v, half)], axis=2)[:, :, None, :]
     return jnp.stack([_pad(k, pages.lanes), _pad(v, pages.lanes)], axis=2)
-
-
-def _stored(
-    rows: jax.Array,  # [tokens, kv_heads, head_dim]
-    scale: jax.Array | None,
-    dtype: jnp.dtype,
-) -> jax.Array:
-    if scale is not None:
-        rows = rows.astype(jnp.float32) / scale
-    if jnp.issubdtype(dtype, jnp.integer):
-        limits = jnp.iinfo(dtype)
-        rows = jnp.clip(jnp.round(rows.astype(jnp.float32)), limits.min, limits.max)
-    return rows.astype(dtype)
 
 
 def _pad(

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
+from typing import TypeVar
 
 import jax.numpy as jnp
 
 from pallas_kernels.ragged_paged_attention.tpu_pages import LANES, Pages
 from pallas_kernels.targets import TpuTarget
 
-_INT_BYTES = 4
-_SUBLANES = 8  # VMEM and SMEM keep arrays in tiles of so many rows
+_SUBLANES = 8  # VMEM and SMEM keep arrays of several rows in tiles of so many
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,12 +42,13 @@ class WriteBlocks:
     vmem_bytes: int
 
 
+_Sized = TypeVar("_Sized", DecodeBlocks, TileBlocks, WriteBlocks)
+
+
 def decode_blocks(
     pages: Pages, *, group: int, sequences: int, pages_per_sequence: int, target: TpuTarget
 ) -> DecodeBlocks:
     """Returns the decode kernel's sizes; ValueError where VMEM or SMEM cannot hold the least."""
-    block_kv = target.decode_block_numbers // (pages.kv_heads * pages.lanes)
-    pages = _with_block(pages, min(block_kv, target.decode_max_block_kv), target)
     rows = min(target.decode_rows, sequences)
     while rows > 1 and _table_bytes(rows + 1, pages_per_sequence) > target.smem_bytes:
         rows //= 2
@@ -54,30 +56,43 @@ def decode_blocks(
     queries = _tiled_bytes((pages.kv_heads, group, pages.lanes), pages.compute_dtype)
     new = _tiled_bytes((pages.kv_heads, pages.sides, pages.lanes), pages.dtype)
     written = 2 * pages.token_bytes * pages.granule
-    vmem_bytes = 2 * pages.block_bytes + 2 * rows * (2 * queries + new) + written
-    return DecodeBlocks(
-        pages=pages, rows=rows, vmem_bytes=_checked(vmem_bytes, pages, group, target)
-    )
+    block_kv = target.decode_block_numbers // (pages.kv_heads * pages.lanes)
+    choices = [
+        DecodeBlocks(
+            pages=block,
+            rows=rows,
+            vmem_bytes=2 * block.block_bytes + 2 * rows * (2 * queries + new) + written,
+        )
+        for block in _blocks(pages, min(block_kv, target.decode_max_block_kv))
+    ]
+    return _first_that_fits(choices, pages, group, target)
 
 
 def tile_blocks(
     pages: Pages, *, group: int, tokens: int, pages_per_sequence: int, target: TpuTarget
 ) -> TileBlocks:
     """Returns the tile kernel's sizes; ValueError where VMEM or SMEM cannot hold the least."""
-    pages = _with_block(pages, target.tile_block_kv, target)
     # Two tables, each with one row, each double-buffered.
     _check_smem(2 * _table_bytes(1, pages_per_sequence), pages_per_sequence, target)
-    least = -(-16 // group)  # rows that one hardware tile of bfloat16 holds
-    block_q = _power_of_two(max(target.tile_rows // group, least, 1))
-    block_q = min(block_q, 2 * _power_of_two(max(tokens - 1, least)))
-    rows = group * block_q
-    queries = _tiled_bytes((pages.kv_heads, rows, pages.lanes), pages.compute_dtype)
-    state = pages.kv_heads * rows * (2 * LANES + pages.lanes) * 4
-    sinks = 2 * pages.kv_heads * rows * LANES * 4
-    vmem_bytes = 2 * pages.block_bytes + 4 * queries + state + sinks
-    heads = _divisor(pages.kv_heads, target.tile_heads)
-    vmem_bytes = _checked(vmem_bytes, pages, group, target)
-    return TileBlocks(pages=pages, block_q=block_q, heads=heads, vmem_bytes=vmem_bytes)
+    least = 16  # tokens: rows that one hardware tile of bfloat16 holds
+    most = min(max(target.tile_rows // group, least), 2 * _power_of_two(max(tokens - 1, 1)))
+    choices = []
+    block_q = max(_power_of_two(most), least)
+    while block_q >= least:
+        rows = group * block_q
+        queries = _tiled_bytes((pages.kv_heads, rows, pages.lanes), pages.compute_dtype)
+        state = pages.kv_heads * rows * (2 * LANES + pages.lanes) * 4
+        choices += [
+            TileBlocks(
+                pages=block,
+                block_q=block_q,
+                heads=_divisor(pages.kv_heads, target.tile_heads),
+                vmem_bytes=2 * block.block_bytes + 4 * queries + state,
+            )
+            for block in _blocks(pages, target.tile_block_kv)
+        ]
+        block_q //= 2
+    return _first_that_fits(choices, pages, group, target)
 
 
 def write_blocks(pages: Pages, *, target: TpuTarget) -> WriteBlocks:
@@ -86,15 +101,33 @@ def write_blocks(pages: Pages, *, target: TpuTarget) -> WriteBlocks:
     # Twice (one computed, one on its way): a page in, a page out, two blocks of new rows.
     head_bytes = 2 * head * (2 * pages.dtype.itemsize + 2 * pages.compute_dtype.itemsize)
     heads = _divisor(pages.kv_heads, max(target.max_write_bytes // head_bytes, 1))
-    vmem_bytes = _checked(heads * head_bytes, pages, 1, target)
-    return WriteBlocks(pages=pages, heads=heads, vmem_bytes=vmem_bytes)
+    choice = WriteBlocks(pages=pages, heads=heads, vmem_bytes=heads * head_bytes)
+    return _first_that_fits([choice], pages, 1, target)
 
 
-def _with_block(pages: Pages, block_kv: int, target: TpuTarget) -> Pages:
-    """Returns pages with blocks of about `block_kv` keys, whole rows of lanes of logits."""
-    block_kv = min(block_kv, target.max_block_bytes // pages.token_bytes)
-    block_kv = max(_power_of_two(max(block_kv, 1)), LANES)
-    return dataclasses.replace(pages, per_block=max(block_kv // pages.page_size, 1))
+def _blocks(pages: Pages, block_kv: int) -> list[Pages]:
+    """Returns pages with blocks of about `block_kv` keys and less, whole rows of 128 logits."""
+    block_kv = max(_power_of_two(max(block_kv, 1)), LANES, pages.page_size)
+    choices = []
+    while block_kv >= max(LANES, pages.page_size):
+        choices.append(dataclasses.replace(pages, per_block=block_kv // pages.page_size))
+        block_kv //= 2
+    return choices
+
+
+def _first_that_fits(
+    choices: Sequence[_Sized], pages: Pages, group: int, target: TpuTarget
+) -> _Sized:
+    """Returns the first choice that VMEM holds; ValueError if it holds not even the last."""
+    limit = target.vmem_bytes - target.compiler_vmem_bytes
+    for choice in choices:
+        if choice.vmem_bytes <= limit:
+            return choice
+    raise ValueError(
+        f"kv_heads={pages.kv_heads} with {group} query heads each, head_dim={pages.head_dim}, "
+        f"page_size={pages.page_size}, {pages.dtype} take {choices[-1].vmem_bytes} bytes of VMEM, "
+        f"and a kernel has {limit}; shard the heads over more devices"
+    )
 
 
 def _table_bytes(rows: int, pages_per_sequence: int) -> int:
@@ -104,7 +137,8 @@ def _table_bytes(rows: int, pages_per_sequence: int) -> int:
 
 def _tiled_bytes(shape: tuple[int, ...], dtype: jnp.dtype) -> int:
     *outer, rows, lanes = shape
-    size = -(-rows // _SUBLANES) * _SUBLANES * (-(-lanes // LANES) * LANES) * dtype.itemsize
+    rows = 1 if rows == 1 else -(-rows // _SUBLANES) * _SUBLANES
+    size = rows * (-(-lanes // LANES) * LANES) * dtype.itemsize
     for length in outer:
         size *= length
     return size
@@ -116,17 +150,6 @@ def _check_smem(table_bytes: int, pages_per_sequence: int, target: TpuTarget) ->
             f"{pages_per_sequence=}: a page table takes {table_bytes} bytes of SMEM, and it has "
             f"{target.smem_bytes}; use larger pages"
         )
-
-
-def _checked(vmem_bytes: int, pages: Pages, group: int, target: TpuTarget) -> int:
-    limit = target.vmem_bytes - target.compiler_vmem_bytes
-    if vmem_bytes > limit:
-        raise ValueError(
-            f"kv_heads={pages.kv_heads} with {group} query heads each, head_dim={pages.head_dim}, "
-            f"page_size={pages.page_size}, {pages.dtype} take {vmem_bytes} bytes of VMEM, and the "
-            f"kernel has {limit}; shard the heads over more devices"
-        )
-    return vmem_bytes
 
 
 def _power_of_two(size: int) -> int:

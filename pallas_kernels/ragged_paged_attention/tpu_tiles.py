@@ -46,7 +46,7 @@ class _Item:
     table: Any  # [1, pages_per_sequence] i32 in SMEM, of this item's sequence
     next_table: Any  # [1, pages_per_sequence] i32 in SMEM, of the next item's
     factors: Any  # [2] f32 in SMEM
-    sinks: Any  # [kv_heads, rows, 128] f32
+    sinks: Any  # [kv_heads, group, 128] f32
     q: Any  # [kv_heads, rows, lanes], rows are [group, block_q]
     cache: Any  # [pages, kv_heads, sides, page_size, lanes] in HBM
     # outputs
@@ -174,7 +174,10 @@ class _Item:
         """Makes the softmax that of no key."""
 
         def start(head: jax.Array, _: None) -> None:
-            state = start_softmax(self.sinks[head], self.pages.lanes)
+            sinks = jnp.broadcast_to(
+                self.sinks[head][:, None, :], (self.sinks.shape[1], self.block_q, 128)
+            ).reshape(self.peak.shape[1:])
+            state = start_softmax(sinks, self.pages.lanes)
             self.peak[head], self.total[head], self.value[head] = state
 
         lax.fori_loop(0, self.pages.kv_heads, start, None)
@@ -222,7 +225,6 @@ def attend_tiles(
     q = jnp.pad(q, ((0, num_tiles * block_q - tokens), (0, 0), (0, 0), (0, 0)))
     q = q.reshape(num_tiles, block_q, kv_heads, group, lanes).transpose(0, 2, 3, 1, 4)
     q = q.reshape(num_tiles, kv_heads, group * block_q, lanes)
-    sinks = jnp.repeat(sinks, block_q, axis=1)
     rows = group * block_q
 
     of_tile = pl.BlockSpec(

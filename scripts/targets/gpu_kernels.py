@@ -8,6 +8,7 @@ GPU and `ptxas` say of each kernel. Compiler errors are results too.
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import sys
@@ -27,7 +28,10 @@ from jax.sharding import SingleDeviceSharding
 
 from scripts.compile_targets import topology_of, use_compilers
 
-TOKENS, DECODES, SEQUENCES = 2048, 64, 64  # of a mixed step, of a decode step, of a mixed step
+# The sequences of a mixed step differ from a decode step's in number: Mosaic compiles a kernel once
+# for a process, and says nothing of it the second time.
+DECODES = 64  # of a decode step
+TOKENS, SEQUENCES = 2048, 48  # of a mixed step
 PAGES_PER_SEQUENCE, POSITIONS = 512, 65536
 
 
@@ -99,8 +103,7 @@ CASES = [
 
 def compile_kernels(case: KernelCase) -> Compiled:
     """Compiles the attention of one step for an H100."""
-    use_compilers()
-    # Imported where the compilers are on the path: Mosaic looks for its runtime when imported.
+    _use_mosaic_runtime()
     from pallas_kernels.ragged_paged_attention import gpu
 
     try:
@@ -127,6 +130,15 @@ def compile_kernels(case: KernelCase) -> Compiled:
         cache_bytes=sum(side.size * side.dtype.itemsize for side in pages),
         cache_copies=len(re.findall(rf"\[{shape}\]\S* copy\(", compiled.as_text() or "")),
     )
+
+
+def _use_mosaic_runtime() -> None:
+    """Tells Mosaic GPU where its runtime is: it looks when imported, which may have been before."""
+    use_compilers()
+    plugin = importlib.util.find_spec("jax_cuda13_plugin")
+    assert plugin is not None and plugin.origin is not None, "scripts/test installs the compilers"
+    runtime = Path(plugin.origin).parent / "libmosaic_gpu_runtime.so"
+    os.environ.setdefault("MOSAIC_GPU_RUNTIME_LIB_PATH", str(runtime))
 
 
 def _arguments(case: KernelCase, pages: tuple[jax.ShapeDtypeStruct, ...]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 _BUNDLE = re.compile(r"^\s*(?:0x[0-9a-f]+|0)\s+((?:[A-Z]{2}:?\s*)*)\s*:\s*(>*)\s*\{")
+_VMEM = re.compile(r"space=vmem, size = (0x[0-9a-f]+), offset = (0x[0-9a-f]+|0)")
 
 
 @dataclass(kw_only=True)
@@ -44,6 +45,13 @@ def read(folder: Path, kernel: str) -> Loop:
         folder, rf"\d+-{kernel}(\.\d+)?-\d+-final_hlo-static-per-bundle-utilization\.txt"
     )
     return parse(bundles.read_text(errors="replace"), units.read_text())
+
+
+def vmem_bytes(folder: Path, kernel: str) -> int:
+    """Returns what the kernel of this name takes of VMEM, registers that do not fit included."""
+    text = _newest(folder, rf"\d+-{kernel}(\.\d+)?-\d+-post-delay-converter\.txt").read_text()
+    places = _VMEM.findall(text)
+    return max(int(size, 16) + int(offset, 16) for size, offset in places)
 
 
 def _newest(folder: Path, pattern: str) -> Path:

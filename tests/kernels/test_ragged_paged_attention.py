@@ -95,6 +95,50 @@ def test_bfloat16_cache_stays_within_its_rounding():
     np.testing.assert_allclose(actual, expected, atol=0.05)
 
 
+@pytest.mark.parametrize("dtype", [jnp.float8_e4m3fn, jnp.float8_e5m2, jnp.int8], ids=str)
+def test_8_bit_caches_stay_within_the_rounding_of_queries_and_weights(dtype):
+    junk = 1e2 if dtype == jnp.int8 else np.nan
+    actual, expected = run_case(MIXED, tokens=256, sequences=16, dtype=dtype, junk=junk)
+    np.testing.assert_allclose(actual, expected, atol=0.05)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "largest", "scale", "stored"),
+    [
+        (jnp.int8, 127, 1.0, {2.6: 3, -2.6: -3, 2.5: 2}),
+        (jnp.int8, 127, 0.5, {2.6: 5, 1.0: 2}),
+        (jnp.float8_e4m3fn, 448, 1.0, {2.6: 2.5, 0.3: 0.3125}),
+        (jnp.float8_e5m2, 57344, 0.5, {2.6: 5, 0.3: 0.625}),
+    ],
+)
+def test_8_bit_caches_round_to_nearest_and_saturate(dtype, largest, scale, stored):
+    numbers = [1e9, -1e9, *stored]
+    k = jnp.asarray(numbers, jnp.float32)[:, None, None] * jnp.ones((1, 1, 16), jnp.float32)
+    tokens = len(numbers)
+    pages = jnp.zeros((1, PAGE_SIZE, 16), dtype)
+    tables = (
+        jnp.array([tokens], jnp.int32), jnp.zeros((1, 1), jnp.int32),
+        jnp.array([0, tokens], jnp.int32), jnp.array([0, 1], jnp.int32),
+    )  # fmt: skip
+    one_scale = jnp.float32(scale)
+    _, (keys, values) = ragged_paged_attention(
+        k, k, k, (pages, pages), *tables, backend="reference", scale=1.0,
+        k_scale=one_scale, v_scale=one_scale,
+    )  # fmt: skip
+    for side in (keys, values):
+        rows = np.asarray(side)[0, :tokens, 0].astype(np.float32).tolist()
+        assert rows == [largest, -largest, *stored.values()]
+        assert not np.asarray(side)[0, tokens:].any()
+
+
+def test_pages_of_another_type_are_refused():
+    layout = layout_for(
+        "reference", page_size=16, kv_heads=1, head_dim=16, dtype=jnp.dtype(jnp.float16)
+    )
+    with pytest.raises(ValueError, match="cannot be float16; they can be float32, bfloat16, flo"):
+        layout.shapes(1)
+
+
 def test_scales_of_keys_and_values_are_undone():
     scales = {"k_scale": jnp.float32(0.5), "v_scale": jnp.float32(4.0)}
     actual, expected = run_case([(4, 4), (9, 9), (40, 40)], tokens=64, sequences=4, scales=scales)

@@ -156,6 +156,16 @@ def abstract(checkpoint, quantization="auto"):
     )
 
 
+def test_without_weights_the_config_says_what_is_quantised(tmp_path, source):
+    write_quantized(source, tmp_path / "model", AWQ, awq(32))
+    with open_checkpoint(tmp_path / "model") as checkpoint:
+        expected = abstract(checkpoint)
+    with open_checkpoint(tmp_path / "model", has_weights=False) as checkpoint:
+        actual = abstract(checkpoint)
+    assert (actual.names, actual.shapes) == (expected.names, expected.shapes)
+    assert len(dummy_params(actual, 0)) == len(expected.shapes)
+
+
 def test_quantising_what_is_quantised_is_refused_unless_it_is_the_same(tmp_path, source):
     write_quantized(source, tmp_path / "model", AWQ, awq(32))
     with open_checkpoint(tmp_path / "model") as checkpoint:

@@ -29,6 +29,7 @@ class QuantizedCheckpoint:
         self.config = source.config
         self.generation_config = source.generation_config
         self._scheme: Scheme = scheme_for(source.config["quantization_config"])
+        self.format = self._scheme.format
         marker = "." + self._scheme.marker
         self._stems = {
             f"{name.removesuffix(marker)}.weight": name.removesuffix(marker)
@@ -37,7 +38,7 @@ class QuantizedCheckpoint:
         }
         parts = {f"{stem}.{part}" for stem in self._stems.values() for part in self._scheme.parts}
         self.names = (*self._stems, *(name for name in source.names if name not in parts))
-        self.formats: dict[str, WeightFormat] = dict.fromkeys(self._stems, self._scheme.format)
+        self.formats: dict[str, WeightFormat] = dict.fromkeys(self._stems, self.format)
 
     def __enter__(self) -> Self:
         return self
@@ -60,7 +61,7 @@ class QuantizedCheckpoint:
         if name not in self._stems:
             return self._source.read(name, index)
         bounds = bounds_of(index, self.shape(name))
-        whole = dense(self.read_quantized(name), self._scheme.format.rows)
+        whole = dense(self.read_quantized(name), self.format.rows)
         return np.ascontiguousarray(whole[tuple(slice(*pair) for pair in bounds)])
 
     def read_quantized(self, name: str) -> StoredWeight:

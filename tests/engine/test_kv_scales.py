@@ -1,0 +1,127 @@
+"""8-bit KV caches: their scales, and the engine on them."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxserve import LLM, SamplingParams
+from jaxserve.engine.kv_scales import kv_scales_for, measured_peaks
+from jaxserve.errors import WeightError
+from jaxserve.mesh import mesh_for
+from jaxserve.models.checkpoint import open_checkpoint
+from jaxserve.models.loading import abstract_model, load_params
+from tests.checkpoints import folder_tensors, write_json, write_llama_folder, write_shards
+from tests.dense_llama import DenseLlama
+
+FLOAT32, INT8, FLOAT8 = (jnp.dtype(name) for name in ("float32", "int8", "float8_e4m3fn"))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    # Large enough logits that an error of attention shows in them.
+    return write_llama_folder(tmp_path_factory.mktemp("llama"), seed=2, scale=1.0)
+
+
+def add_scales(source, target, names, scheme=None):
+    """Writes a copy of the folder with a scale of (layer + 1) / 448 under each name."""
+    target.mkdir()
+    tensors = folder_tensors(source)
+    for layer in range(2):
+        for name in names:
+            value = np.full((1,), (layer + 1) / 448, np.float32)
+            tensors[f"model.layers.{layer}.self_attn.{name}"] = value
+    for file in source.iterdir():
+        if "safetensors" not in file.name:
+            (target / file.name).write_bytes(file.read_bytes())
+    write_shards(target, tensors, 1)
+    if scheme is not None:
+        with open_checkpoint(source) as checkpoint:
+            config = dict(checkpoint.config)
+        config["quantization_config"] = {"quant_method": "fp8", "kv_cache_scheme": scheme}
+        write_json(target / "config.json", config)
+    return target
+
+
+def scales_of(folder, dtype):
+    with open_checkpoint(folder) as checkpoint:
+        model = abstract_model(
+            checkpoint.config, mesh_for("1"), dtype=FLOAT32, activation_dtype=FLOAT32
+        )
+        params = load_params(model, checkpoint, lambda done, total: None)
+        return kv_scales_for(model, params, checkpoint, dtype), measured_peaks(model, params)
+
+
+def test_only_8_bit_caches_have_scales_and_float8_takes_1(folder):
+    assert scales_of(folder, FLOAT32)[0] is None
+    np.testing.assert_array_equal(scales_of(folder, FLOAT8)[0], np.ones((2, 2)))
+
+
+def test_int8_measures_a_scale_for_each_layer(folder):
+    scales, peaks = scales_of(folder, INT8)
+    np.testing.assert_allclose(scales, peaks * 1.25 / 127, rtol=1e-6)
+    # The values of layer 0 are a product of normalised embeddings: they can be had in numpy.
+    tensors = folder_tensors(folder)
+    tokens = np.random.default_rng(0).integers(320, size=256)
+    x = tensors["model.embed_tokens.weight"][tokens]
+    x = x / np.sqrt((x * x).mean(1, keepdims=True) + 1e-5)
+    x = x * tensors["model.layers.0.input_layernorm.weight"]
+    v = x @ tensors["model.layers.0.self_attn.v_proj.weight"].T
+    np.testing.assert_allclose(peaks[0, 1], np.abs(v).max(), rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("k_scale", "v_scale"),
+        ("k_proj.k_scale", "v_proj.v_scale"),
+        ("k_proj.output_scale", "v_proj.output_scale"),
+    ],
+)
+def test_the_checkpoints_scales_are_taken(folder, tmp_path, names):
+    scaled = add_scales(folder, tmp_path / "scaled", names)
+    expected = np.array([[1, 1], [2, 2]], np.float32)
+    np.testing.assert_allclose(scales_of(scaled, FLOAT8)[0], expected / 448, rtol=1e-6)
+    np.testing.assert_allclose(scales_of(scaled, INT8)[0], expected / 127, rtol=1e-6)
+
+
+def test_scales_meant_for_integers_are_told_apart(folder, tmp_path):
+    scheme = {"num_bits": 8, "type": "int"}
+    scaled = add_scales(folder, tmp_path / "scaled", ("k_scale", "v_scale"), scheme)
+    expected = np.array([[1, 1], [2, 2]], np.float32) / 448
+    np.testing.assert_allclose(scales_of(scaled, INT8)[0], expected, rtol=1e-6)
+
+
+def test_scales_of_some_layers_only_are_refused(folder, tmp_path):
+    scaled = add_scales(folder, tmp_path / "scaled", ("k_scale",))
+    with pytest.raises(WeightError, match="lacks model.layers.0.self_attn.v_scale"):
+        scales_of(scaled, FLOAT8)
+
+
+@pytest.mark.parametrize(
+    ("kv_cache_dtype", "least", "most"),
+    [
+        ("fp8", 0.01, 0.3),
+        ("fp8_e5m2", 0.01, 0.6),
+        ("int8", 1e-3, 0.1),
+    ],
+)
+def test_the_engines_logprobs_are_as_good_as_its_cache(
+    folder, tmp_path, kv_cache_dtype, least, most
+):
+    """Prompts long enough for chunks, so that later ones read what earlier ones stored."""
+    prompt = np.random.default_rng(5).integers(3, 300, 150).tolist()
+    params = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True, prompt_logprobs=0)
+    options = {"max_num_seqs": 2, "max_num_batched_tokens": 64, "block_size": 4, "dtype": "float32"}
+    options |= {"compile_cache_dir": str(tmp_path), "kv_cache_dtype": kv_cache_dtype}
+    with LLM(str(folder), **options) as llm:
+        output = llm.generate([prompt], params, use_tqdm=False)[0]
+        assert llm._client.stats().num_compiles_since_ready == 0
+    actual = [
+        entry[token].logprob
+        for token, entry in zip(prompt[1:], output.prompt_logprobs[1:], strict=True)
+    ]
+    logits = DenseLlama(folder).logits(prompt)[:-1]
+    logprobs = logits - np.log(np.exp(logits).sum(1, keepdims=True))
+    expected = logprobs[np.arange(len(prompt) - 1), prompt[1:]]
+    error = np.abs(np.array(actual) - expected).max()
+    assert least <= error <= most

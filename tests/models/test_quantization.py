@@ -1,0 +1,148 @@
+"""Weights quantised at load: which, to what, how large, and how good the model is after it."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh
+
+from jaxserve.errors import WeightError
+from jaxserve.mesh import AXES, mesh_for
+from jaxserve.models.checkpoint import open_checkpoint
+from jaxserve.models.loading import abstract_model, dummy_params, load_params
+from jaxserve.ops.quantization import QuantizedWeight, dequantize
+from tests.checkpoints import folder_tensors, write_llama_folder
+from tests.dense_llama import DenseLlama
+from tests.models.forward import FLOAT32, logits_of
+from tests.quantized_checkpoints import write_quantized
+
+TOKENS = np.random.default_rng(0).integers(3, 300, 40).tolist()
+HIDDEN, FFW, HEADS, KV, VOCAB, LAYERS = 64, 128, 64, 32, 320, 2
+# Of one layer, as [out, in].
+MATRICES = (
+    [(HEADS, HIDDEN), (KV, HIDDEN), (KV, HIDDEN), (HIDDEN, HEADS)]
+    + [(FFW, HIDDEN), (FFW, HIDDEN), (HIDDEN, FFW)]
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_llama_folder(tmp_path_factory.mktemp("llama"), seed=3, tied=False)
+
+
+def loaded(folder, quantization, mesh=None, dtype=FLOAT32):
+    with open_checkpoint(folder) as checkpoint:
+        model = abstract_model(
+            checkpoint.config,
+            mesh or mesh_for("1"),
+            dtype=dtype,
+            activation_dtype=FLOAT32,
+            quantization=quantization,
+        )
+        return model, load_params(model, checkpoint, lambda done, total: None)
+
+
+def values_of(model, params):
+    """Returns the parameters by name, quantised ones as such."""
+    leaves = iter(params)
+    return {
+        parameter.name: jax.tree.map(lambda _: next(leaves), parameter.value)
+        for parameter in model.parameters
+    }
+
+
+@pytest.mark.parametrize("quantization", ["int8", "int4", "fp8"])
+def test_layers_matrices_are_quantised_and_nothing_else(folder, quantization):
+    model, params = loaded(folder, quantization)
+    original = folder_tensors(folder)
+    assert set(model.names) == set(original)
+    bound = {"int8": 0.01, "int4": 0.15, "fp8": 0.05}[quantization]
+    for name, value in values_of(model, params).items():
+        if "proj" in name:
+            assert isinstance(value, QuantizedWeight)
+            dense = np.asarray(dequantize(value))
+            error = np.linalg.norm(dense - original[name]) / np.linalg.norm(original[name])
+            assert 1e-4 < error < bound, name
+        else:
+            np.testing.assert_array_equal(value, original[name])
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+@pytest.mark.parametrize("quantization", ["auto", "int8", "int4", "fp8"])
+def test_memory_is_as_predicted(folder, quantization, dtype):
+    dtype = jnp.dtype(dtype)
+    model, params = loaded(folder, quantization, dtype=dtype)
+    matrices = sum(out * in_ for out, in_ in MATRICES) * LAYERS
+    rows = sum(out for out, _ in MATRICES) * LAYERS
+    others = 2 * VOCAB * HIDDEN + (2 * LAYERS + 1) * HIDDEN
+    groups = sum(out * (in_ // (128 if in_ == 128 else 64)) for out, in_ in MATRICES) * LAYERS
+    bytes_of_matrices = {
+        "auto": matrices * dtype.itemsize,
+        "int8": matrices + 4 * rows,
+        "fp8": matrices + 4 * rows,
+        "int4": matrices // 2 + (4 + 1) * groups,
+    }[quantization]
+    assert model.param_bytes == others * dtype.itemsize + bytes_of_matrices
+    assert model.num_params == matrices + others
+    # A program's arguments take what was predicted: two int4 in a byte.
+    program = jax.jit(lambda params: jnp.int32(0), keep_unused=True).lower(params).compile()
+    assert program.memory_analysis().argument_size_in_bytes == model.param_bytes
+
+
+@pytest.mark.parametrize("quantization", ["int8", "int4", "fp8"])
+def test_dummy_weights_have_the_same_arrays(folder, quantization):
+    model, params = loaded(folder, quantization)
+    dummies = dummy_params(model, 0)
+    assert [(array.shape, array.dtype) for array in dummies] == [
+        (array.shape, array.dtype) for array in params
+    ]
+    for name, value in values_of(model, dummies).items():
+        if "proj" in name:
+            assert 0.015 < np.asarray(dequantize(value)).std() < 0.025
+
+
+@pytest.mark.parametrize("quantization", ["int8", "int4", "fp8"])
+def test_logits_are_those_of_the_dequantised_weights(folder, tmp_path, quantization):
+    values = values_of(*loaded(folder, quantization))
+    floats = iter(
+        np.asarray(dequantize(values[name])) for name in folder_tensors(folder) if "proj" in name
+    )
+    twin = write_quantized(folder, tmp_path / "q", {}, lambda weight, random: ({}, next(floats)))
+    actual = logits_of(folder, TOKENS, chunks=(9, 1, 30), quantization=quantization)
+    expected = DenseLlama(twin).logits(TOKENS)
+    assert np.abs(actual - expected).max() < 1e-4 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("quantization", ["int8", "int4", "fp8"])
+def test_a_mesh_divides_data_and_scales_alike(folder, quantization):
+    model, params = loaded(folder, quantization)
+    mesh = Mesh(np.array(jax.devices()[:2]).reshape(1, 2), AXES)
+    divided_model, divided = loaded(folder, quantization, mesh)
+    for whole, part in zip(params, divided, strict=True):
+        np.testing.assert_array_equal(np.asarray(whole), np.asarray(part))
+    values = values_of(divided_model, divided)
+    up = values["model.layers.0.mlp.up_proj.weight"]  # [ffw, hidden]: rows are divided
+    assert up.data.addressable_shards[0].data.shape == (FFW // 2, HIDDEN)
+    assert up.scale.addressable_shards[0].data.shape == (1, FFW // 2)
+    down = values["model.layers.0.mlp.down_proj.weight"]  # [hidden, ffw]: columns are, scales not
+    assert down.data.addressable_shards[0].data.shape == (HIDDEN, FFW // 2)
+    assert down.scale.addressable_shards[0].data.shape == (1, HIDDEN)
+
+
+def test_scales_of_groups_are_divided_where_the_mesh_divides_them(tmp_path):
+    folder = write_llama_folder(tmp_path, seed=3, ffn=512)
+    mesh = Mesh(np.array(jax.devices()[:2]).reshape(1, 2), AXES)
+    values = values_of(*loaded(folder, "int4", mesh))
+    down = values["model.layers.0.mlp.down_proj.weight"]
+    assert down.scale.shape == (4, HIDDEN)
+    assert down.scale.addressable_shards[0].data.shape == (2, HIDDEN)
+
+
+def test_int4_groups_are_as_wide_as_the_width_allows(tmp_path):
+    folder = write_llama_folder(tmp_path / "a", hidden=96, heads=4, head_dim=24, ffn=640)
+    values = values_of(*loaded(folder, "int4"))
+    assert values["model.layers.0.mlp.up_proj.weight"].num_groups == 96 // 32
+    assert values["model.layers.0.mlp.down_proj.weight"].num_groups == 640 // 128
+    folder = write_llama_folder(tmp_path / "b", hidden=80, heads=4, head_dim=20)
+    with pytest.raises(WeightError, match=r"int4 needs widths that 32 divides; .* \(128, 80\)"):
+        loaded(folder, "int4")

@@ -1,0 +1,72 @@
+"""Which attention kernel a device gets, and what is said where it cannot serve."""
+
+from types import SimpleNamespace
+
+import jax.numpy as jnp
+import pytest
+
+from jaxserve.errors import ConfigError
+from jaxserve.ops.attention import LayerShape, choose_backend
+from pallas_kernels.targets import TPU
+
+CPU = SimpleNamespace(platform="cpu", device_kind="cpu")
+TPU_DEVICE = SimpleNamespace(platform="tpu", device_kind=TPU.device_kinds[0])
+H100 = SimpleNamespace(platform="gpu", device_kind="NVIDIA H100", compute_capability="9.0")
+A100 = SimpleNamespace(platform="gpu", device_kind="NVIDIA A100", compute_capability="8.0")
+
+
+def shape(**changes):
+    """Returns a layer of Llama-3.1-8B's, in a small step."""
+    values = {
+        "heads": 32,
+        "kv_heads": 8,
+        "head_dim": 128,
+        "page_size": 64,
+        "kv_dtype": jnp.dtype(jnp.bfloat16),
+        "tokens": 256,
+        "sequences": 64,
+        "pages_per_sequence": 128,
+    }
+    return LayerShape(**values | changes)
+
+
+@pytest.mark.parametrize(
+    ("device", "backend"), [(CPU, "reference"), (TPU_DEVICE, "tpu"), (H100, "gpu")]
+)
+def test_a_device_gets_the_kernel_made_for_it(device, backend):
+    choice = choose_backend("auto", device, shape())
+    assert (choice.backend, choice.warning) == (backend, None)
+
+
+def test_a_device_without_a_kernel_gets_the_reference_and_says_why():
+    choice = choose_backend("auto", A100, shape())
+    assert choice.backend == "reference"
+    assert choice.warning is not None
+    assert "slower reference" in choice.warning and "8.0" in choice.warning
+
+
+def test_a_shape_that_the_kernel_refuses_gets_the_reference_and_says_why():
+    choice = choose_backend("auto", H100, shape(head_dim=100))
+    assert choice.backend == "reference"
+    assert choice.warning is not None and "100" in choice.warning
+
+
+def test_a_tpu_kind_that_nothing_is_known_of_is_named():
+    device = SimpleNamespace(platform="tpu", device_kind="TPU v99")
+    choice = choose_backend("auto", device, shape())
+    assert choice.backend == "reference"
+    assert choice.warning is not None and "TPU v99" in choice.warning
+
+
+def test_what_is_asked_for_is_used_or_refused():
+    assert choose_backend("reference", H100, shape()).warning is None
+    with pytest.raises(ConfigError, match="'tpu'; a cpu has reference$"):
+        choose_backend("tpu", CPU, shape())
+    with pytest.raises(ConfigError, match="'gpu' cannot serve this model: .*8.0"):
+        choose_backend("gpu", A100, shape())
+
+
+def test_a_page_table_too_large_for_a_tpu_is_refused_by_number():
+    choice = choose_backend("auto", TPU_DEVICE, shape(pages_per_sequence=2**20))
+    assert choice.backend == "reference"
+    assert choice.warning is not None and "SMEM" in choice.warning
