@@ -40,16 +40,16 @@ def dump_flags(folder: Path) -> str:
 
 def read(folder: Path, kernel: str) -> Loop:
     """Returns the newest dumped schedule of the Pallas kernel of this name."""
-    bundles = _newest(folder, rf"\d+-{kernel}(\.\d+)?-\d+-final_bundles\.txt")
+    bundles = _newest(folder, rf"\d+-{kernel}(\.[\w.]+)?-\d+-final_bundles\.txt")
     units = _newest(
-        folder, rf"\d+-{kernel}(\.\d+)?-\d+-final_hlo-static-per-bundle-utilization\.txt"
+        folder, rf"\d+-{kernel}(\.[\w.]+)?-\d+-final_hlo-static-per-bundle-utilization\.txt"
     )
     return parse(bundles.read_text(errors="replace"), units.read_text())
 
 
 def vmem_bytes(folder: Path, kernel: str) -> int:
     """Returns what the kernel of this name takes of VMEM, registers that do not fit included."""
-    text = _newest(folder, rf"\d+-{kernel}(\.\d+)?-\d+-post-delay-converter\.txt").read_text()
+    text = _newest(folder, rf"\d+-{kernel}(\.[\w.]+)?-\d+-post-delay-converter\.txt").read_text()
     places = _VMEM.findall(text)
     return max(int(size, 16) + int(offset, 16) for size, offset in places)
 
