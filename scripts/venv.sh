@@ -63,15 +63,18 @@ pip_install() {
 # folder of their own, which only tests have on their path: with them importable, a plain
 # `import jax` on this machine would look for the devices and complain.
 ensure_compilers() {
-    local folder=$venv/compilers jax stamp
+    local folder=$venv/compilers jax libtpu stamp
     jax=$("$venv/bin/python" -c 'from importlib.metadata import version; print(version("jax"))')
+    # The TPU compiler that this jax asks for: others do not know what it says.
+    libtpu=$("$venv/bin/python" -c 'from importlib.metadata import requires
+print(next(each.split(";")[0] for each in requires("jax") if each.startswith("libtpu")))')
     stamp="$jax $(cksum <"$root/scripts/compilers.txt")"
     if [ ! -f "$folder/installed" ] || [ "$(cat "$folder/installed")" != "$stamp" ]; then
         say "installing the TPU and CUDA compilers for jax $jax into $folder"
         rm -rf "$folder"
         # --no-deps: the CUDA libraries, gigabytes, are for running only.
         pip_install --no-deps --target "$folder" --requirement "$root/scripts/compilers.txt" \
-            "jax-cuda13-plugin==$jax" "jax-cuda13-pjrt==$jax"
+            "$libtpu" "jax-cuda13-plugin==$jax" "jax-cuda13-pjrt==$jax"
         echo "$stamp" >"$folder/installed"
     fi
     export PATH=$folder/nvidia/cu13/bin:$PATH
