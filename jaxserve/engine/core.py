@@ -195,7 +195,7 @@ class _Loaded:
     settings: Settings
     device: jax.Device
     eos_tokens: tuple[int, ...]
-    kv_scales: np.ndarray | None  # [layers, 2] f32, of keys and values
+    kv_scales: np.ndarray | None  # [layers, 2, kv_heads, head_dim] f32, of keys and values
 
     def spec(self, max_logprobs: int) -> StepSpec:
         return StepSpec(

@@ -78,7 +78,8 @@ def _init_cache(layout: KVLayout, num_pages: int) -> LayerCache | ScaledCache:
     pages = tuple(jnp.zeros(leaf.shape, leaf.dtype) for leaf in layout.shapes(num_pages))
     if layout.dtype.itemsize > 1:
         return pages
-    return ScaledCache(pages=pages, k_scale=jnp.float32(1.0), v_scale=jnp.float32(1.0))
+    ones = jnp.ones((layout.kv_heads, layout.head_dim), jnp.float32)
+    return ScaledCache(pages=pages, k_scale=ones, v_scale=ones)
 
 
 def make_step(

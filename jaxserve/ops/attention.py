@@ -34,10 +34,14 @@ def attend(
     sinks: jax.Array | None = None,  # [heads] f32, a logit that takes mass and gives no value
 ) -> tuple[jax.Array, Any]:
     """Writes keys and values to their pages and attends. Returns `[tokens, heads, head_dim]`."""
+    dtype, pages = q.dtype, cache
     if isinstance(cache, ScaledCache):
-        pages, k_scale, v_scale = cache.pages, cache.k_scale, cache.v_scale
-    else:
-        pages, k_scale, v_scale = cache, None, None
+        # Scales of keys may as well be on queries, and those of values on the result: kernels
+        # see numbers that fit their pages.
+        pages = cache.pages
+        q = _by_channel(q, cache.k_scale)
+        k = k.astype(jnp.float32) / cache.k_scale[None]
+        v = v.astype(jnp.float32) / cache.v_scale[None]
     with jax.named_scope("attention"):
         out, pages = ragged_paged_attention(
             q,
@@ -53,13 +57,20 @@ def attend(
             sliding_window=sliding_window,
             soft_cap=soft_cap,
             sinks=sinks,
-            k_scale=k_scale,
-            v_scale=v_scale,
         )
-    out = out.astype(q.dtype)
     if isinstance(cache, ScaledCache):
+        out = _by_channel(out, cache.v_scale).astype(dtype)
         return out, dataclasses.replace(cache, pages=pages)
-    return out, pages
+    return out.astype(dtype), pages
+
+
+def _by_channel(
+    x: jax.Array,  # [tokens, heads, head_dim]
+    scale: jax.Array,  # [kv_heads, head_dim] f32
+) -> jax.Array:
+    """Returns x times the scales of each head's kv head, in x's type."""
+    group = x.shape[1] // scale.shape[0]
+    return (x.astype(jnp.float32) * jnp.repeat(scale, group, axis=0)[None]).astype(x.dtype)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,7 +23,8 @@ _LARGEST = {"float": 448.0, "int": 127.0}
 def read_kv_peaks(checkpoint: Checkpoint, num_layers: int) -> np.ndarray | None:
     """Returns the largest key and value that each layer's scales allow for: [layers, 2] f32.
 
-    None where the checkpoint has no scales; WeightError where only some layers do.
+    None where the checkpoint has no scales; WeightError where only some layers do, or heads
+    have scales of their own.
     """
     scheme = (checkpoint.config.get("quantization_config") or {}).get("kv_cache_scheme")
     kind = scheme.get("type", "float") if isinstance(scheme, dict) else "float"
@@ -37,6 +38,9 @@ def read_kv_peaks(checkpoint: Checkpoint, num_layers: int) -> np.ndarray | None:
             raise WeightError(
                 f"the checkpoint lacks {missing[0]}, but has such scales of other layers"
             )
-        scales = [float(checkpoint.read(name).astype(np.float32).reshape(-1)[0]) for name in wanted]
-        return np.array(scales, np.float32).reshape(num_layers, 2) * np.float32(_LARGEST[kind])
+        scales = [checkpoint.read(name).astype(np.float32).reshape(-1) for name in wanted]
+        for name, scale in zip(wanted, scales, strict=True):
+            if scale.size != 1:
+                raise WeightError(f"{name} has {scale.size} numbers; a layer has one scale")
+        return np.concatenate(scales).reshape(num_layers, 2) * np.float32(_LARGEST[kind])
     return None
