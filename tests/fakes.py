@@ -46,6 +46,8 @@ class EchoEngine:
             eos_tokens=(),
             device="none",
             dtype="none",
+            quantization="none",
+            kv_cache_dtype="float32",
             attention="none",
             num_programs=0,
             ready_s=0.0,

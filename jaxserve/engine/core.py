@@ -84,6 +84,8 @@ class EngineCore:
             num_slots=limits.num_slots,
             eos_tokens=loaded.eos_tokens,
             scheduling_policy=config.scheduling_policy,
+            quantization=loaded.model.quantization,
+            kv_cache_dtype=loaded.dtypes.kv_cache.name,
             device=device_line(loaded.device),
             dtype=loaded.dtypes.weights.name,
             attention=loaded.settings.attention.backend,
@@ -98,8 +100,9 @@ class EngineCore:
         self._queue_s = 0.0
         self._compiles = CompileCounter()
         report(
-            f"ready in {self.info.ready_s:.1f} s: {self.info.device}, {self.info.dtype} weights, "
-            f"{loaded.dtypes.kv_cache.name} KV, attention {self.info.attention}, "
+            f"ready in {self.info.ready_s:.1f} s: {self.info.device}, {self.info.dtype} weights "
+            f"(quantised: {self.info.quantization}), {self.info.kv_cache_dtype} KV, "
+            f"attention {self.info.attention}, "
             f"{num_pages} pages of {limits.page_size} tokens, {limits.num_slots} slots, "
             f"{self.info.num_programs} programs"
         )

@@ -23,7 +23,9 @@ class EngineInfo:
     num_slots: int
     eos_tokens: tuple[int, ...]
     device: str
-    dtype: str
+    dtype: str  # of weights that are not quantised
+    quantization: str  # types of weights that are, or "none"
+    kv_cache_dtype: str
     attention: str
     num_programs: int  # compiled step programs
     ready_s: float  # from the start of loading until ready

@@ -63,6 +63,13 @@ class AbstractModel:
         return tuple(jax.tree.leaves([parameter.value for parameter in self.parameters]))
 
     @property
+    def quantization(self) -> str:
+        """The types of quantised weights, such as "int8"; "none" without any."""
+        values = (parameter.value for parameter in self.parameters)
+        types = {value.data.dtype.name for value in values if isinstance(value, QuantizedWeight)}
+        return ", ".join(sorted(types)) or "none"
+
+    @property
     def num_params(self) -> int:
         """The number of weights."""
         return sum(parameter.dense.size for parameter in self.parameters)

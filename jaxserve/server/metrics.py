@@ -211,6 +211,8 @@ class Snapshot(Collector):
         facts = {
             "device": info.device,
             "dtype": info.dtype,
+            "quantization": info.quantization,
+            "kv_cache_dtype": info.kv_cache_dtype,
             "attention": info.attention,
             "max_model_len": str(info.max_model_len),
             "max_num_seqs": str(info.max_num_seqs),
