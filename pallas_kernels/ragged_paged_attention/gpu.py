@@ -96,7 +96,6 @@ def attend(
     options: dict[str, Any] = {
         "sliding_window": sliding_window,
         "soft_cap": soft_cap,
-        "out_dtype": compute_dtype(stored),
         "interpret": interpret,
     }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -31,3 +32,13 @@ def transposed(ref: Any) -> Any:
     if hasattr(ref, "transpose"):
         return ref.transpose((1, 0))
     return plgpu.transpose_ref(ref, (1, 0))
+
+
+def load_unswizzled(ref: Any, layout: Any) -> Any:
+    """Returns what a tile without a swizzle holds, bank conflicts and all.
+
+    A plain load lets the compiler look for a layout without conflicts, which may take it minutes.
+    """
+    index = inspect.signature(plgpu.load).parameters.get("idx")
+    is_index_wanted = index is not None and index.default is inspect.Parameter.empty
+    return plgpu.load(ref, *[()] * is_index_wanted, layout=layout, optimized=False)

@@ -64,7 +64,6 @@ def attend_decode(
     factor: jax.Array,  # [1] f32, makes a product of stored numbers a logit
     sinks: jax.Array,  # [groups, group_size] f32
     *,
-    out_dtype: jnp.dtype,
     blocks: DecodeBlocks,
     sliding_window: int | None,
     soft_cap: float | None,
@@ -82,7 +81,7 @@ def attend_decode(
     scratch = {
         "q_tile": tiles.tile(ROWS, head_dim, q.dtype, copies=1),
         # In halves: so that two programs fit the shared memory of an SM.
-        "value_tile": plgpu.SMEM((ROWS, head_dim // 2), jnp.float32),
+        "value_tile": tiles.tile(ROWS, head_dim // 2, jnp.float32, copies=1),
         "stats_tile": plgpu.SMEM((2, ROWS), jnp.float32),
         "q_full": plgpu.Barrier(),
         **tiles.ring_types(head_dim, q.dtype, cache[0], blocks.block_kv, blocks.stages, readers=1),
@@ -110,7 +109,7 @@ def attend_decode(
     )
     parts = (tiles.parts_of_pages(side, blocks.block_kv) for side in cache)
     partials = kernel(items, context, page_table, factor, q, *parts)
-    return _merge(first_item, partials, sinks, sequences, out_dtype, interpret)[:, :, :num_heads]
+    return _merge(first_item, partials, sinks, sequences, q.dtype, interpret)[:, :, :num_heads]
 
 
 def _item_kernel(
@@ -127,7 +126,7 @@ def _item_kernel(
     partial_stats,  # [items, groups, 2, ROWS] f32, peak and total
     # scratch
     q_tile,  # [1, ROWS, head_dim]
-    value_tile,  # [ROWS, head_dim / 2] f32
+    value_tile,  # [1, ROWS, head_dim / 2] f32
     stats_tile,  # [2, ROWS] f32
     q_full,
     key_ring: tiles.Ring,
@@ -181,12 +180,12 @@ def _item_kernel(
         stats_tile[1] = state.total
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(stats_tile, partial_stats.at[item, group])
-        width = value_tile.shape[1]
+        width = value_tile.shape[2]
         for column in range(0, head_dim, width):
-            value_tile[...] = state.value[:, column : column + width]
+            value_tile[0] = state.value[:, column : column + width]
             plgpu.commit_smem()
             target = partial_values.at[item, group, :, pl.ds(column, width)]
-            plgpu.copy_smem_to_gmem(value_tile.at[pl.ds(0, group_size)], target)
+            plgpu.copy_smem_to_gmem(value_tile.at[0, pl.ds(0, group_size)], target)
             plgpu.wait_smem_to_gmem(0)
 
 
@@ -204,10 +203,10 @@ def _merge(
         partial(_merge_kernel, interpret=interpret),
         out_type=jax.ShapeDtypeStruct((sequences, groups, group_size, head_dim), out_dtype),
         scratch_types={
-            "value_tile": plgpu.SMEM((ROWS, head_dim), jnp.float32),
+            "value_tile": tiles.tile(ROWS, head_dim, jnp.float32, copies=1),
             "stats_tile": plgpu.SMEM((2, ROWS), jnp.float32),
             "sink_tile": plgpu.SMEM((ROWS,), jnp.float32),
-            "out_tile": plgpu.SMEM((ROWS, head_dim), out_dtype),
+            "out_tile": tiles.tile(ROWS, head_dim, out_dtype, copies=1),
             "full": plgpu.Barrier(num_arrivals=2),
             "sink_full": plgpu.Barrier(),
         },
@@ -231,10 +230,10 @@ def _merge_kernel(
     # output
     out,  # [sequences, groups, group_size, head_dim]
     # scratch
-    value_tile,  # [ROWS, head_dim] f32
+    value_tile,  # [1, ROWS, head_dim] f32
     stats_tile,  # [2, ROWS] f32
     sink_tile,  # [ROWS] f32
-    out_tile,  # [ROWS, head_dim]
+    out_tile,  # [1, ROWS, head_dim]
     full,
     sink_full,
     *,
@@ -249,7 +248,7 @@ def _merge_kernel(
 
     def add(item, state):
         plgpu.copy_gmem_to_smem(
-            partial_values.at[item, group], value_tile.at[pl.ds(0, group_size)], full
+            partial_values.at[item, group], value_tile.at[0, pl.ds(0, group_size)], full
         )
         plgpu.copy_gmem_to_smem(partial_stats.at[item, group], stats_tile, full)
         plgpu.barrier_wait(full)
@@ -258,12 +257,12 @@ def _merge_kernel(
         peak = jnp.maximum(state.peak, item_peak)
         kept, weight = jnp.exp2(state.peak - peak), jnp.exp2(item_peak - peak)
         value = state.value * tiles.across(kept, head_dim)
-        value += tiles.spread(value_tile[...], interpret) * tiles.across(weight, head_dim)
+        value += tiles.spread(value_tile[0], interpret) * tiles.across(weight, head_dim)
         return tiles.Softmax(peak, state.total * kept + item_total * weight, value)
 
     state = tiles.start(peak, total, head_dim, interpret)
     state = lax.fori_loop(first_item[sequence], first_item[sequence + 1], add, state)
-    out_tile[...] = tiles.finish(state).astype(out_tile.dtype)
+    out_tile[0] = tiles.finish(state).astype(out_tile.dtype)
     plgpu.commit_smem()
-    plgpu.copy_smem_to_gmem(out_tile.at[pl.ds(0, group_size)], out.at[sequence, group])
+    plgpu.copy_smem_to_gmem(out_tile.at[0, pl.ds(0, group_size)], out.at[sequence, group])
     plgpu.wait_smem_to_gmem(0)

@@ -64,7 +64,6 @@ def attend_prefill(
     factor: jax.Array,  # [1] f32, makes a product of stored numbers a logit
     sinks: jax.Array,  # [groups, group_size] f32
     *,
-    out_dtype: jnp.dtype,
     blocks: PrefillBlocks,
     sliding_window: int | None,
     soft_cap: float | None,
@@ -89,10 +88,10 @@ def attend_prefill(
             soft_cap=soft_cap,
             interpret=interpret,
         ),
-        out_type=jax.ShapeDtypeStruct((groups, tokens * group_size, head_dim), out_dtype),
+        out_type=jax.ShapeDtypeStruct((groups, items.shape[0], *shape), q.dtype),
         scratch_types={
             "q_tiles": tiles.tile(ROWS, head_dim, q.dtype, copies=blocks.warpgroups),
-            "out_tiles": plgpu.SMEM(shape, out_dtype),
+            "staging": plgpu.SMEM(shape, q.dtype),
             "sink_tile": plgpu.SMEM((blocks.warpgroups, ROWS), jnp.float32),
             "q_full": plgpu.Barrier(num_arrivals=2, num_barriers=blocks.warpgroups),
             **tiles.ring_types(
@@ -114,7 +113,26 @@ def attend_prefill(
     )
     parts = (tiles.parts_of_pages(side, blocks.block_kv) for side in cache)
     out = kernel(items, kv_lens, page_table, factor, sinks, rows, *parts)
-    return out.reshape(groups, tokens, group_size, head_dim).transpose(1, 0, 2, 3)
+    return _gather(out, items, tokens, group_size)
+
+
+def _gather(
+    tiled: jax.Array,  # [groups, items, warpgroups, ROWS, head_dim]
+    items: jax.Array,  # [items, 4] i32
+    tokens: int,
+    group_size: int,
+) -> jax.Array:  # [tokens, groups, group_size, head_dim]
+    """Returns each token's rows. Programs write whole tiles: parts of one would be many stores."""
+    groups, _, warpgroups, _, head_dim = tiled.shape
+    tile_tokens = ROWS // group_size  # of a warpgroup
+    tiled = tiled[:, :, :, : tile_tokens * group_size]
+    tiled = tiled.reshape(groups, -1, group_size, head_dim)
+    token = jnp.arange(tokens, dtype=jnp.int32)
+    first, count = items[None, :, 1], items[None, :, 2]
+    is_own = (token[:, None] >= first) & (token[:, None] < first + count)
+    item = jnp.argmax(is_own, axis=1).astype(jnp.int32)
+    index = item * (warpgroups * tile_tokens) + token - items[item, 1]
+    return jnp.take(tiled, index, axis=1, mode="clip").transpose(1, 0, 2, 3)
 
 
 def _tile_kernel(
@@ -128,10 +146,10 @@ def _tile_kernel(
     keys,  # [parts, part_size, kv_heads, head_dim]
     values,  # [parts, part_size, kv_heads, head_dim]
     # output
-    out,  # [groups, tokens * group_size, head_dim]
+    out,  # [groups, items, warpgroups, ROWS, head_dim]
     # scratch
-    q_tiles,  # [warpgroups, ROWS, head_dim]
-    out_tiles,  # [warpgroups, ROWS, head_dim]
+    q_tiles,  # [warpgroups, ROWS, head_dim], outputs in the end
+    staging,  # [warpgroups, ROWS, head_dim]
     sink_tile,  # [warpgroups, ROWS] f32
     q_full,
     key_ring: tiles.Ring,
@@ -168,11 +186,12 @@ def _tile_kernel(
             plgpu.set_max_registers(COMPUTE_REGISTERS, action="increase")
         own_row, q_tile = row + warpgroup * tokens, q_tiles.at[warpgroup]
         full = q_full.at[warpgroup]
-        staging = out_tiles.at[warpgroup]  # rows that begin anywhere do not fit a swizzled tile
-        plgpu.copy_gmem_to_smem(q.at[group, pl.ds(own_row * group_size, ROWS)], staging, full)
+        # Rows that begin anywhere do not fit a swizzled tile.
+        q_rows = q.at[group, pl.ds(own_row * group_size, ROWS)]
+        plgpu.copy_gmem_to_smem(q_rows, staging.at[warpgroup], full)
         plgpu.copy_gmem_to_smem(sinks.at[group], sink_tile.at[warpgroup], full)
         plgpu.barrier_wait(full)
-        q_tile[...] = tiles.spread(staging[...], interpret)
+        q_tile[...] = tiles.read_unswizzled(staging.at[warpgroup], interpret)
         plgpu.commit_smem()
         own_position = position + warpgroup * tokens
         logit_factor = factor[0]
@@ -199,10 +218,10 @@ def _tile_kernel(
             state = lax.fori_loop(walk.begin, walk.whole, partial(visit, is_masked=True), state)
         state = lax.fori_loop(walk.whole, walk.part, partial(visit, is_masked=False), state)
         state = lax.fori_loop(walk.part, walk.end, partial(visit, is_masked=True), state)
-        out_tiles[warpgroup] = tiles.finish(state).astype(out_tiles.dtype)
+        q_tile[...] = tiles.finish(state).astype(q_tile.dtype)
         plgpu.commit_smem()
-        own_tokens = num_tokens - warpgroup * tokens
-        _store(out_tiles.at[warpgroup], out.at[group], own_row, own_tokens, tokens, group_size)
+        plgpu.copy_smem_to_gmem(q_tile, out.at[group, item, warpgroup])
+        plgpu.wait_smem_to_gmem(0)
 
 
 class _Walk(NamedTuple):
@@ -233,33 +252,3 @@ def _walk_of(
     whole = block_of(jnp.maximum(seen_to - sliding_window, zero) + (block_kv - 1))
     whole = jnp.minimum(whole, end)
     return _Walk(first, block_of(first), whole, jnp.maximum(part, whole), end)
-
-
-def _store(
-    out_tile,  # [ROWS, head_dim], shared memory
-    out,  # [tokens * group_size, head_dim]
-    row: jax.Array,  # [] i32, of the first token
-    num_tokens: jax.Array,  # [] i32, may be less than 1
-    max_tokens: int,
-    group_size: int,
-) -> None:
-    """Writes the tokens of a tile that are there: the rows after them are another sequence's."""
-
-    @pl.when(num_tokens >= max_tokens)
-    def _whole():
-        size = max_tokens * group_size
-        target = out.at[pl.ds(row * group_size, size)]
-        plgpu.copy_smem_to_gmem(out_tile.at[pl.ds(0, size)], target, commit_group=False)
-
-    @pl.when(num_tokens < max_tokens)
-    def _part():
-        def store(token, _):
-            source = out_tile.at[pl.ds(token * group_size, group_size)]
-            target = out.at[pl.ds((row + token) * group_size, group_size)]
-            plgpu.copy_smem_to_gmem(source, target, commit_group=False)
-            return ()
-
-        lax.fori_loop(0, num_tokens, store, ())
-
-    plgpu.commit_smem_to_gmem_group()
-    plgpu.wait_smem_to_gmem(0)

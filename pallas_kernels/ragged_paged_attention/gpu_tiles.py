@@ -19,7 +19,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.ragged_paged_attention.gpu_blocks import RAW_STAGES, ROWS
-from pallas_kernels.ragged_paged_attention.gpu_compat import transposed
+from pallas_kernels.ragged_paged_attention.gpu_compat import load_unswizzled, transposed
 
 MASKED = -1e30  # finite: the difference of two is 0, not NaN
 LOG2E = math.log2(math.e)
@@ -55,6 +55,11 @@ def spread(value: jax.Array, interpret: bool) -> jax.Array:  # [ROWS] or [ROWS, 
         return value
     layout = plgpu.Layout.WGMMA
     return plgpu.layout_cast(value, layout if value.ndim == 2 else layout.reduce(1))
+
+
+def read_unswizzled(tile, interpret: bool) -> jax.Array:  # [ROWS, columns]
+    """Returns a tile that rows were copied to from anywhere, laid out as `spread` does."""
+    return tile[...] if interpret else load_unswizzled(tile, plgpu.Layout.WGMMA)
 
 
 def count(shape: tuple[int, int], axis: int, interpret: bool) -> jax.Array:
