@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol, TypeAlias
+from typing import Protocol, TypeAlias
 
 import flax.struct
 import jax
@@ -23,8 +23,8 @@ class ScaledCache:
     v_scale: jax.Array  # [kv_heads, head_dim] f32
 
 
-# For each layer a LayerCache or a ScaledCache: only attention looks into it.
-Cache: TypeAlias = tuple[Any, ...]
+LayerState: TypeAlias = LayerCache | ScaledCache  # of one layer: only attention looks into it
+Cache: TypeAlias = tuple[LayerState, ...]  # one entry for each layer
 
 
 @flax.struct.dataclass

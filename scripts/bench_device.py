@@ -26,6 +26,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # runs from a checkout, with nothing installed
 
+import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 
 from jaxserve.config import EngineConfig  # noqa: E402
@@ -46,21 +47,14 @@ class Figures:
     gap_s: float  # host time between two steps
 
 
+@dataclass(frozen=True, kw_only=True)
 class ModelSize:
     """The bytes and flops that a step of a model cannot do without."""
 
-    def __init__(self, hf_config: dict[str, Any], weight_bytes: int, kv_bytes: int) -> None:
-        hidden, vocab = hf_config["hidden_size"], hf_config["vocab_size"]
-        head_dim = hf_config.get("head_dim") or hidden // hf_config["num_attention_heads"]
-        layers, kv_heads = hf_config["num_hidden_layers"], hf_config["num_key_value_heads"]
-        num_heads, ffw = hf_config["num_attention_heads"], hf_config["intermediate_size"]
-        self.layer_weights = (
-            layers * hidden * (2 * num_heads * head_dim + 2 * kv_heads * head_dim + 3 * ffw)
-        )
-        # A step reads layers and head whole, and of the embedding a row for each token.
-        self.step_bytes = (self.layer_weights + hidden * vocab) * weight_bytes
-        self.token_bytes = 2 * layers * kv_heads * head_dim * kv_bytes
-        self.pair_flops = 4 * layers * num_heads * head_dim
+    layer_weights: int
+    step_bytes: int  # read in each step: layers and head whole, of the embedding next to nothing
+    token_bytes: int  # keys and values of a token
+    pair_flops: int  # of attention, for a pair of query and key
 
     def decode_bound(self, batch: int, context: int, bandwidth: float) -> float:
         """Returns tokens/s if memory were read once a step and nothing else took time."""
@@ -71,17 +65,48 @@ class ModelSize:
         return rate / (2 * self.layer_weights + self.pair_flops * context / 2)
 
 
+def model_size(hf_config: dict[str, Any], weight_bytes: int, kv_bytes: int) -> ModelSize:
+    """Returns the size of a model whose numbers take `weight_bytes` and `kv_bytes` each."""
+    hidden, vocab = hf_config["hidden_size"], hf_config["vocab_size"]
+    head_dim = hf_config.get("head_dim") or hidden // hf_config["num_attention_heads"]
+    layers, kv_heads = hf_config["num_hidden_layers"], hf_config["num_key_value_heads"]
+    num_heads, ffw = hf_config["num_attention_heads"], hf_config["intermediate_size"]
+    weights = layers * hidden * (2 * num_heads * head_dim + 2 * kv_heads * head_dim + 3 * ffw)
+    return ModelSize(
+        layer_weights=weights,
+        step_bytes=(weights + hidden * vocab) * weight_bytes,
+        token_bytes=2 * layers * kv_heads * head_dim * kv_bytes,
+        pair_flops=4 * layers * num_heads * head_dim,
+    )
+
+
+def num_prefill_steps(batch: int, context: int, max_step_tokens: int) -> int:
+    """Returns how many steps bring in all prompts, at most.
+
+    Decodes come first: sequences that are in write a token in each step of the others' prefill.
+    """
+    return -(-batch * context // max(1, max_step_tokens - batch))
+
+
+def num_new_tokens(batch: int, context: int, max_step_tokens: int, num_steps: int) -> int:
+    """Returns how many tokens each sequence may write, so that none ends while it is timed."""
+    return 2 * num_prefill_steps(batch, context, max_step_tokens) + 2 * _WARM_STEPS + num_steps
+
+
 def measure(core: EngineCore, batch: int, context: int, num_steps: int) -> Figures | str:
     """Runs a batch with contexts of about `context`. Returns figures, or why there are none."""
     info = core.info
-    total = context + num_steps + _WARM_STEPS
+    num_new = num_new_tokens(batch, context, info.max_num_batched_tokens, num_steps)
+    total = context + num_new
+    if total > info.max_model_len:
+        return f"needs {total} tokens a sequence; the limit is {info.max_model_len}"
     pages = batch * -(-total // info.page_size)
     if batch > info.max_num_seqs:
         return f"{batch} sequences; the engine has {info.max_num_seqs} slots"
     if pages > info.num_pages:
         return f"needs {pages} pages of {info.page_size} tokens; the device holds {info.num_pages}"
     random = np.random.default_rng(time.monotonic_ns())
-    params = SamplingParams(temperature=0.0, max_tokens=total - context + 64, ignore_eos=True)
+    params = SamplingParams(temperature=0.0, max_tokens=num_new, ignore_eos=True)
     names = [str(index) for index in range(batch)]
     for name in names:
         prompt = tuple(random.integers(1000, info.vocab_size, context).tolist())
@@ -102,6 +127,8 @@ def measure(core: EngineCore, batch: int, context: int, num_steps: int) -> Figur
     core.abort(names)
     while core.has_work:
         core.step()
+    if after.num_finished != before.num_finished:
+        return "sequences ended while they were timed"
     return Figures(
         prefill_rate=batch * context / prefill_s,
         decode_rate=tokens / decode_s,
@@ -140,7 +167,13 @@ def engine_for(model: str, hf_config: dict[str, Any], options: argparse.Namespac
             load_format="dummy",
             enable_prefix_caching=False,
             max_num_seqs=max(options.batch),
-            max_model_len=max(options.context) + options.steps + 2 * _WARM_STEPS + 64,
+            max_num_batched_tokens=options.max_num_batched_tokens,
+            max_model_len=max(
+                context
+                + num_new_tokens(batch, context, options.max_num_batched_tokens, options.steps)
+                for context in options.context
+                for batch in options.batch
+            ),
             gpu_memory_utilization=options.gpu_memory_utilization,
             **({"dtype": options.dtype} if options.dtype else {}),
         )
@@ -155,6 +188,7 @@ def main() -> int:
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 16, 64, 256])
     parser.add_argument("--context", type=int, nargs="+", default=[1024, 4096])
     parser.add_argument("--steps", type=int, default=64, help="decode steps that are timed")
+    parser.add_argument("--max-num-batched-tokens", type=int, default=2048)
     parser.add_argument("--dtype", help="of the weights; default: the device's")
     parser.add_argument("--gpu-memory-utilization", type=float, default=0.9)
     parser.add_argument("--transformers", action="store_true", help="run transformers as well")
@@ -166,8 +200,10 @@ def main() -> int:
     hf_config = dict(MODELS[options.model])
     hf_config["num_hidden_layers"] = options.layers or hf_config["num_hidden_layers"]
     core = engine_for(options.model, hf_config, options)
-    weight_bytes = np.dtype(core.info.dtype).itemsize if core.info.dtype != "bfloat16" else 2
-    size = ModelSize(hf_config, weight_bytes, weight_bytes)
+    number_bytes = (
+        jnp.dtype(name).itemsize for name in (core.info.dtype, core.info.kv_cache_dtype)
+    )
+    size = model_size(hf_config, *number_bytes)
     print(
         f"{options.model} ({hf_config['num_hidden_layers']} layers), {core.info.device}, "
         f"{core.info.dtype}, attention {core.info.attention}"
@@ -183,7 +219,10 @@ def main() -> int:
         if isinstance(figures, str):
             print(f"{start} left out: {figures}", flush=True)
             continue
-        bound = size.decode_bound(batch, context + options.steps // 2, bandwidth)
+        # Half of the sequences came in during the first half of the prefills, and so on.
+        grown = num_prefill_steps(batch, context, options.max_num_batched_tokens) // 2
+        middle = context + grown + _WARM_STEPS + options.steps // 2
+        bound = size.decode_bound(batch, middle, bandwidth)
         print(
             f"{start} {figures.prefill_rate:9.0f} "
             f"{figures.prefill_rate / size.prefill_bound(context, rate):6.1%} "

@@ -138,7 +138,13 @@ def awq(group: int) -> Quantizer:
 
 
 def gptq(
-    bits: int, group: int, *, is_symmetric: bool, has_order: bool = False, zero_offset: int = 1
+    bits: int,
+    group: int,
+    *,
+    is_symmetric: bool,
+    has_order: bool = False,
+    zero_offset: int = 1,
+    bias: float | None = None,  # AutoGPTQ writes one of zeros for every matrix
 ) -> Quantizer:
     """Returns AutoGPTQ's format, float16 scales."""
 
@@ -159,6 +165,8 @@ def gptq(
             "scales": scale.T.astype(np.float16),
             "g_idx": group_of.astype(np.int32),
         }
+        if bias is not None:
+            parts["bias"] = np.full(len(weight), bias, np.float16)
         return parts, dense_restored
 
     return quantize

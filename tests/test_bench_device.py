@@ -9,7 +9,7 @@ from scripts.model_shapes import MODELS
 
 
 def test_a_step_reads_every_weight_but_the_embedding():
-    size = bench_device.ModelSize(MODELS["llama-3.1-8b"], weight_bytes=2, kv_bytes=2)
+    size = bench_device.model_size(MODELS["llama-3.1-8b"], weight_bytes=2, kv_bytes=2)
     vocab, hidden, layers = 128256, 4096, 32
     norms = (2 * layers + 1) * hidden
     assert size.step_bytes // 2 + vocab * hidden + norms == 8_030_261_248  # the model's size
@@ -17,12 +17,18 @@ def test_a_step_reads_every_weight_but_the_embedding():
 
 
 def test_decode_is_bound_by_weights_and_contexts():
-    size = bench_device.ModelSize(MODELS["llama-3.1-8b"], weight_bytes=2, kv_bytes=2)
+    size = bench_device.model_size(MODELS["llama-3.1-8b"], weight_bytes=2, kv_bytes=2)
     one = size.decode_bound(1, 0, bandwidth=3e12)
     assert one == pytest.approx(3e12 / size.step_bytes)
     assert size.decode_bound(64, 4096, bandwidth=3e12) == pytest.approx(
         64 / (size.step_bytes / 3e12 + 64 * 4096 * size.token_bytes / 3e12)
     )
+
+
+def test_no_sequence_ends_while_others_are_prefilled_or_timed():
+    # 256 prompts of 1024 tokens, 1792 a step beside the decodes: 147 steps, a token in each.
+    assert bench_device.num_prefill_steps(256, 1024, 2048) == 147
+    assert bench_device.num_new_tokens(256, 1024, 2048, num_steps=64) > 147 + 8 + 64
 
 
 @pytest.mark.parametrize(("q_len", "kv_len"), [(1, 7), (4, 4), (3, 9)])
@@ -46,8 +52,9 @@ def test_kernels_are_timed_and_a_refusal_is_a_line():
 
 @pytest.mark.slow
 def test_the_engine_is_timed_with_random_weights(capsys, monkeypatch):
-    arguments = "--model smollm2-135m --layers 1 --batch 2 --context 40 --steps 4".split()
-    monkeypatch.setattr(sys, "argv", ["bench_device.py", *arguments])
+    model = "--model smollm2-135m --layers 1 --max-num-batched-tokens 64"
+    work = "--batch 2 --context 40 --steps 4"
+    monkeypatch.setattr(sys, "argv", ["bench_device.py", *model.split(), *work.split()])
     monkeypatch.setattr(bench_device, "measured_limits", lambda: (1e10, 1e11))
     assert bench_device.main() == 0
     lines = capsys.readouterr().out.splitlines()

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
-from jaxserve.batch import Batch, Cache, Model, ScaledCache
+from jaxserve.batch import Batch, Cache, LayerState, Model, ScaledCache
 from jaxserve.engine.packing import Limits, blob_layout, extras_layout
 from jaxserve.engine.request import (
     MAX_BAD_WORD_TOKENS,
@@ -33,7 +33,7 @@ from jaxserve.ops.sampling_state import (
     record_tokens,
     set_grammar,
 )
-from pallas_kernels.ragged_paged_attention import Backend, KVLayout, LayerCache
+from pallas_kernels.ragged_paged_attention import Backend, KVLayout
 
 Parts: TypeAlias = dict[str, jax.Array]
 
@@ -74,7 +74,7 @@ def init_state(limits: Limits, layout: KVLayout, num_layers: int, num_pages: int
     )
 
 
-def _init_cache(layout: KVLayout, num_pages: int) -> LayerCache | ScaledCache:
+def _init_cache(layout: KVLayout, num_pages: int) -> LayerState:
     pages = tuple(jnp.zeros(leaf.shape, leaf.dtype) for leaf in layout.shapes(num_pages))
     if layout.dtype.itemsize > 1:
         return pages

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxserve.batch import Batch, Cache
+from jaxserve.batch import Batch, Cache, LayerState
 from jaxserve.errors import WeightError
 from jaxserve.models.hf_config import layer_windows, refuse_unless
 from jaxserve.models.llama import Angles, Embedding, Linear
@@ -17,7 +17,6 @@ from jaxserve.ops.attention import attend
 from jaxserve.ops.linear import matmul_f32
 from jaxserve.ops.norm import rms_norm
 from jaxserve.ops.rope import Rope, apply_rope, inverse_frequencies, rope_angles, rope_from_hf
-from pallas_kernels.ragged_paged_attention import LayerCache
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,8 +131,8 @@ class Attention(nnx.Module):
         x: jax.Array,  # [tokens, hidden]
         angles: Angles,
         batch: Batch,
-        cache: LayerCache,
-    ) -> tuple[jax.Array, LayerCache]:  # [tokens, hidden]
+        cache: LayerState,
+    ) -> tuple[jax.Array, LayerState]:  # [tokens, hidden]
         tokens = x.shape[0]
         q = self.q_norm(self.q_proj(x).reshape(tokens, -1, self.head_dim))
         k = self.k_norm(self.k_proj(x).reshape(tokens, -1, self.head_dim))
@@ -178,8 +177,8 @@ class Layer(nnx.Module):
         self.post_feedforward_layernorm = Norm(size, eps, dtype)
 
     def __call__(
-        self, x: jax.Array, angles: Angles, batch: Batch, cache: LayerCache
-    ) -> tuple[jax.Array, LayerCache]:  # [tokens, hidden]
+        self, x: jax.Array, angles: Angles, batch: Batch, cache: LayerState
+    ) -> tuple[jax.Array, LayerState]:  # [tokens, hidden]
         out, cache = self.self_attn(self.input_layernorm(x), angles, batch, cache)
         x = x + self.post_attention_layernorm(out)
         out = self.mlp(self.pre_feedforward_layernorm(x))

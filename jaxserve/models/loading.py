@@ -184,8 +184,8 @@ def dummy_params(model: AbstractModel, seed: int) -> tuple[jax.Array, ...]:
         if isinstance(parameter.value, QuantizedWeight):
             return dummy_arrays(parameter.value, random)
         dense = parameter.dense
-        is_norm = len(dense.shape) == 1
-        scale = 0.02 if not is_norm else 0.0
+        is_norm = parameter.name.endswith("norm.weight")
+        scale = 0.02 if len(dense.shape) > 1 else 0.0
         values = random.standard_normal(dense.shape, np.float32) * scale + float(is_norm)
         return [jax.device_put(values.astype(dense.dtype), dense.sharding)]
 
@@ -197,6 +197,7 @@ def _check_names(model: AbstractModel, checkpoint: Checkpoint) -> None:
     # A tied checkpoint may store the head again; old ones store rope's frequencies.
     spare = {name for name in found - wanted if name.endswith("rotary_emb.inv_freq")}
     spare |= {name for name in found - wanted if name.endswith(KV_SCALE_NAMES)}
+    spare |= {name for name in found - wanted if _is_empty_bias(name, checkpoint)}
     if model.is_tied:
         spare.add("lm_head.weight")
     for kind, names in (
@@ -212,6 +213,17 @@ def _check_names(model: AbstractModel, checkpoint: Checkpoint) -> None:
             raise WeightError(
                 f"{name} has shape {checkpoint.shape(name)}; config.json asks for {shape}"
             )
+
+
+def _is_empty_bias(name: str, checkpoint: Checkpoint) -> bool:
+    # Writers of GPTQ give every matrix a bias, of zeros where the model has none.
+    stem = name.removesuffix(".bias")
+    return (
+        stem != name
+        and isinstance(checkpoint, QuantizedCheckpoint)
+        and f"{stem}.weight" in checkpoint.formats
+        and not checkpoint.read(name).any()
+    )
 
 
 def _load(parameter: Parameter, checkpoint: Checkpoint) -> jax.Array:

@@ -103,6 +103,7 @@ def abstract_weight(
             is_native=multiplies_natively(device, dtype),
             activations=format.activations,
             num_groups=groups,
+            has_zero=format.has_zero,
             in_size=in_size,
         ),
     )

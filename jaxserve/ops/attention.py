@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 
-from jaxserve.batch import Batch, ScaledCache
+from jaxserve.batch import Batch, LayerState, ScaledCache
 from jaxserve.errors import ConfigError
 from pallas_kernels.ragged_paged_attention import (
     KERNELS,
@@ -25,20 +25,20 @@ def attend(
     q: jax.Array,  # [tokens, heads, head_dim]
     k: jax.Array,  # [tokens, kv_heads, head_dim]
     v: jax.Array,  # [tokens, kv_heads, head_dim]
-    cache: Any,  # LayerCache or ScaledCache; comes back as it came
+    cache: LayerState,  # comes back as it came
     batch: Batch,
     *,
     scale: float,
     sliding_window: int | None = None,  # keys seen, the token's own included
     soft_cap: float | None = None,  # logits become soft_cap * tanh(logits / soft_cap)
     sinks: jax.Array | None = None,  # [heads] f32, a logit that takes mass and gives no value
-) -> tuple[jax.Array, Any]:
+) -> tuple[jax.Array, LayerState]:
     """Writes keys and values to their pages and attends. Returns `[tokens, heads, head_dim]`."""
-    dtype, pages = q.dtype, cache
+    dtype = q.dtype
+    pages = cache.pages if isinstance(cache, ScaledCache) else cache
     if isinstance(cache, ScaledCache):
         # Scales of keys may as well be on queries, and those of values on the result: kernels
         # see numbers that fit their pages.
-        pages = cache.pages
         q = _by_channel(q, cache.k_scale)
         k = k.astype(jnp.float32) / cache.k_scale[None]
         v = v.astype(jnp.float32) / cache.v_scale[None]

@@ -111,7 +111,9 @@ def _narrowed(
     jax.Array, jax.Array, jax.Array
 ]:  # levels -8 to 7 like groups; scale, zero [out, groups]
     top, bottom = groups.max(2), groups.min(2)
-    middle, half = (top + bottom) / 2, (top - bottom) / 2
+    middle = (top + bottom) / 2
+    # A group far from 0 gets wider steps, so that its zero fits 8 bits.
+    half = jnp.maximum((top - bottom) / 2, jnp.abs(middle) / 16)
 
     def attempt(part: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         scale = jnp.maximum(2 * half * part / 15, _LEAST_SCALE)
@@ -141,13 +143,17 @@ def form_for(
     is_native: bool,  # the device multiplies the weight's type (`multiplies_natively`)
     activations: Activations,
     num_groups: int,
+    has_zero: bool,
     in_size: int,
 ) -> Form:
-    """Returns how a platform multiplies by a quantised weight. Activations stay float where the
-    device has no product of the weight's type, or columns have scales of their own."""
+    """Returns how a platform multiplies by a quantised weight.
+
+    Activations stay float where the device has no product of the weight's type, where columns
+    have scales of their own, and where there are zeros.
+    """
     if platform == "cpu":
         return Blocks(num_rows=_CPU_BLOCK_ROWS)
-    if activations != "float" and is_native and num_groups == 1:
+    if activations != "float" and is_native and num_groups == 1 and not has_zero:
         return Quantized(is_static=activations == "static")
     if platform == "gpu" and num_groups > 1:
         return Blocks(num_rows=max(256, _GPU_BLOCK_BYTES // (2 * in_size) // 128 * 128))
@@ -156,9 +162,14 @@ def form_for(
 
 def multiplies_natively(device: jax.Device, dtype: jnp.dtype) -> bool:
     """Returns whether a device has a fast product of int8 or float8 operands."""
+    if dtype == jnp.int4:
+        return False  # activations would be rounded to its 16 levels
     if device.platform == "gpu":
-        major, minor = (int(part) for part in device.compute_capability.split("."))
-        return (major, minor) >= ((8, 9) if jnp.issubdtype(dtype, jnp.floating) else (7, 5))
+        major, _, minor = str(device.compute_capability).partition(".")
+        if not (major.isdecimal() and minor.isdecimal()):
+            return False  # AMD's have names
+        needed = (8, 9) if jnp.issubdtype(dtype, jnp.floating) else (7, 5)
+        return (int(major), int(minor)) >= needed
     if device.platform == "tpu":  # the seventh generation has float8 in place of int8
         is_float8 = jnp.issubdtype(dtype, jnp.floating)
         return is_float8 == device.device_kind.startswith(("TPU7", "TPU v7"))
@@ -187,7 +198,10 @@ def _dot(x: jax.Array, weight: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Ar
     return lax.dot_general(x, weight, (((1,), (1,)), ((), ())), preferred_element_type=dtype)
 
 
-def _multiply_fused(x: jax.Array, weight: QuantizedWeight) -> jax.Array:
+def _multiply_fused(
+    x: jax.Array,  # [rows, in]
+    weight: QuantizedWeight,  # [out, in]
+) -> jax.Array:  # [rows, out] f32
     dtype, scale = jnp.dtype(weight.dtype), weight.row_scales()
     x = x.astype(dtype)
     if weight.num_groups == 1 and weight.zero is None:
@@ -203,7 +217,11 @@ def _multiply_fused(x: jax.Array, weight: QuantizedWeight) -> jax.Array:
     return out
 
 
-def _multiply_by_blocks(x: jax.Array, weight: QuantizedWeight, num_rows: int) -> jax.Array:
+def _multiply_by_blocks(
+    x: jax.Array,  # [rows, in]
+    weight: QuantizedWeight,  # [out, in]
+    num_rows: int,
+) -> jax.Array:  # [rows, out] f32
     out_size, dtype = weight.data.shape[0], jnp.dtype(weight.dtype)
     num_rows = min(num_rows, out_size)
     x, scale = x.astype(dtype), weight.row_scales()
@@ -231,8 +249,11 @@ def _multiply_by_blocks(x: jax.Array, weight: QuantizedWeight, num_rows: int) ->
 
 
 def _multiply_quantized(
-    x: jax.Array, weight: QuantizedWeight, input_scale: jax.Array | None
-) -> jax.Array:
+    x: jax.Array,  # [rows, in]
+    weight: QuantizedWeight,  # [out, in]
+    input_scale: jax.Array | None,  # [] f32; None: each row's own
+) -> jax.Array:  # [rows, out] f32
+    assert weight.zero is None, "zeros need float activations"
     top = largest(weight.data.dtype)
     x = x.astype(jnp.float32)
     if input_scale is None:

@@ -89,8 +89,6 @@ def refusal(
     tokens: int,  # of the largest step
     sequences: int,
     pages_per_sequence: int,
-    soft_cap: float | None = None,
-    sliding_window: int | None = None,
 ) -> str | None:
     """Returns why the layout's backend cannot serve a layer on a device; None if it can.
 
@@ -99,13 +97,7 @@ def refusal(
     """
     if (reason := device_refusal(layout.backend, device)) is not None:
         return reason
-    attention = functools.partial(
-        ragged_paged_attention,
-        backend=layout.backend,
-        scale=1.0,
-        soft_cap=soft_cap,
-        sliding_window=sliding_window,
-    )
+    attention = functools.partial(ragged_paged_attention, backend=layout.backend, scale=1.0)
 
     def array(*shape: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype)
@@ -160,11 +152,17 @@ def ragged_paged_attention(
     """Writes `k` and `v` to their pages and attends. Returns `[tokens, heads, head_dim]`, cache.
 
     Attention is causal, aligned to the end of the context: token r of a sequence has position
-    `kv_len - q_len + r`. Rows past the last sequence are garbage. Raises ValueError at trace time
-    for shapes that do not agree. The semantics are those of TPU ragged paged attention
-    (https://arxiv.org/abs/2604.15464).
+    `kv_len - q_len + r`. Where there are as many sequences as tokens, each has one token or none;
+    sequences of several come after `counts[0]`. Rows past the last sequence are garbage. Raises
+    ValueError at trace time for shapes that do not agree. The semantics are those of TPU ragged
+    paged attention (https://arxiv.org/abs/2604.15464).
     """
     _check(q, k, v, kv_lens, page_table, cu_q_lens, counts, sliding_window)
+    if sinks is not None and sinks.shape != (q.shape[1],):
+        raise ValueError(f"{sinks.shape=} must be ({q.shape[1]},)")
+    for scale_of in (k_scale, v_scale):
+        if scale_of is not None and scale_of.shape:
+            raise ValueError(f"a scale has shape {scale_of.shape}; it must be ()")
     return _module(backend).attend(
         q,
         k,
@@ -184,13 +182,13 @@ def ragged_paged_attention(
 
 
 def _check(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    kv_lens: jax.Array,
-    page_table: jax.Array,
-    cu_q_lens: jax.Array,
-    counts: jax.Array,
+    q: jax.Array,  # [tokens, heads, head_dim]
+    k: jax.Array,  # [tokens, kv_heads, head_dim]
+    v: jax.Array,  # [tokens, kv_heads, head_dim]
+    kv_lens: jax.Array,  # [sequences] i32
+    page_table: jax.Array,  # [sequences, pages_per_sequence] i32
+    cu_q_lens: jax.Array,  # [sequences + 1] i32
+    counts: jax.Array,  # [2] i32
     sliding_window: int | None,
 ) -> None:
     tokens, heads, head_dim = q.shape

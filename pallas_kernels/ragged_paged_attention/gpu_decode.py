@@ -258,6 +258,7 @@ def _merge_kernel(
         kept, weight = jnp.exp2(state.peak - peak), jnp.exp2(item_peak - peak)
         value = state.value * tiles.across(kept, head_dim)
         value += tiles.spread(value_tile[0], interpret) * tiles.across(weight, head_dim)
+        plgpu.commit_smem()  # what was read must have been before the next copy overwrites it
         return tiles.Softmax(peak, state.total * kept + item_total * weight, value)
 
     state = tiles.start(peak, total, head_dim, interpret)

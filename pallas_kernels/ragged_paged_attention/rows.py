@@ -30,10 +30,14 @@ def to_stored(
     scale: jax.Array | None,  # [] f32, what is stored times this is `rows`; None: 1
     dtype: jnp.dtype,  # of the numbers in pages
 ) -> jax.Array:
-    """Returns rows as pages hold them. 8-bit types saturate: float8 would become NaN instead."""
+    """Returns rows as pages hold them.
+
+    8-bit types and float16 saturate: float8 would become NaN, and float16 an infinity, which times
+    a weight of 0 is NaN too.
+    """
     if scale is not None:
         rows = rows.astype(jnp.float32) / scale.astype(jnp.float32)
-    if dtype.itemsize > 1:
+    if dtype.itemsize > 1 and dtype != jnp.float16:
         return rows.astype(dtype)
     rows = rows.astype(jnp.float32)
     limits: jnp.iinfo | jnp.finfo

@@ -67,6 +67,9 @@ def attend(
     hold.
     """
     (stored,) = cache
+    # Addresses are not checked on the device: what is wrong here must not reach other memory.
+    page_table = jnp.clip(page_table, 0, stored.shape[0] - 1)
+    kv_lens = jnp.minimum(kv_lens, page_table.shape[1] * stored.shape[3])
     tokens, heads, head_dim = q.shape
     kv_heads, sequences = k.shape[1], kv_lens.shape[0]
     pages = Pages(

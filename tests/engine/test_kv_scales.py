@@ -25,14 +25,15 @@ def folder(tmp_path_factory):
     return write_llama_folder(tmp_path_factory.mktemp("llama"), seed=2, scale=1.0)
 
 
-def add_scales(source, target, names, scheme=None, size=1):
+def add_scales(source, target, names, scheme=None, size=1, value=None):
     """Writes a copy of the folder with a scale of (layer + 1) / 448 under each name."""
     target.mkdir()
     tensors = folder_tensors(source)
     for layer in range(2):
         for name in names:
-            value = np.full((size,), (layer + 1) / 448, np.float32)
-            tensors[f"model.layers.{layer}.self_attn.{name}"] = value
+            number = (layer + 1) / 448 if value is None else value
+            full = np.full((size,), number, np.float32)
+            tensors[f"model.layers.{layer}.self_attn.{name}"] = full
     for file in source.iterdir():
         if "safetensors" not in file.name:
             (target / file.name).write_bytes(file.read_bytes())
@@ -130,6 +131,21 @@ def test_scales_of_single_heads_are_refused(folder, tmp_path):
     scaled = add_scales(folder, tmp_path / "scaled", ("k_scale", "v_scale"), size=2)
     with pytest.raises(WeightError, match="k_scale has 2 numbers; a layer has one scale"):
         scales_of(scaled, FLOAT8)
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, np.nan, np.inf])
+def test_scales_that_are_no_scales_are_refused(folder, tmp_path, value):
+    scaled = add_scales(folder, tmp_path / "scaled", ("k_scale", "v_scale"), value=value)
+    with pytest.raises(WeightError, match="k_scale is .*; a scale is positive"):
+        scales_of(scaled, FLOAT8)
+
+
+def test_a_scheme_of_other_numbers_is_refused(folder, tmp_path):
+    for scheme in ({"num_bits": 4, "type": "int"}, {"num_bits": 8, "type": "nf"}):
+        target = tmp_path / scheme["type"]
+        scaled = add_scales(folder, target, ("k_scale", "v_scale"), scheme)
+        with pytest.raises(WeightError, match="kv_cache_scheme = .* is not supported; supported"):
+            scales_of(scaled, FLOAT8)
 
 
 def test_scales_of_some_layers_only_are_refused(folder, tmp_path):

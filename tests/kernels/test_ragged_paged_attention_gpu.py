@@ -310,7 +310,8 @@ def test_no_thread_reads_shared_memory_that_another_still_writes(dtype, monkeypa
     for kernel in (gpu_decode, gpu_prefill):
         monkeypatch.setattr(kernel, "interpreter", lambda: InterpretGPUParams(detect_races=True))
     scales = (0.03, 0.02) if dtype == jnp.int8 else (None, None)
-    blocks = Blocks(decode=DecodeBlocks(programs=1), prefill=PrefillBlocks(block_kv=64))
+    decode = DecodeBlocks(programs=16, min_split=1)  # several parts to merge
+    blocks = Blocks(decode=decode, prefill=PrefillBlocks(block_kv=64))
     options = {"dtype": dtype, "scales": scales, "blocks": blocks, "kv_heads": 1}
     check(*run_case([(1, 300), (40, 290)], True, sequences=2, **options))
     assert not gpu_callbacks.get_races().races_found

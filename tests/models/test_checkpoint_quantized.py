@@ -92,6 +92,7 @@ CASES = {
         {**GPTQ, "desc_act": True},
         gptq(4, 32, is_symmetric=True, has_order=True),
     ),
+    "gptq with biases of zeros": (GPTQ, gptq(4, 32, is_symmetric=True, bias=0.0)),
     "gptq v2": (
         {**GPTQ, "sym": False, "checkpoint_format": "gptq_v2"},
         gptq(4, 32, is_symmetric=False, zero_offset=0),
@@ -126,7 +127,7 @@ def test_matrices_are_kept_as_they_are_stored(tmp_path, source, case):
     floats = folder_tensors(twin)
     with open_checkpoint(tmp_path / "model") as checkpoint:
         assert isinstance(checkpoint, QuantizedCheckpoint)
-        assert set(checkpoint.names) == set(floats)
+        assert {name for name in checkpoint.names if not name.endswith(".bias")} == set(floats)
         assert all(checkpoint.shape(name) == floats[name].shape for name in floats)
         model = abstract(checkpoint)
         params = load_params(model, checkpoint, lambda done, total: None)
@@ -156,6 +157,13 @@ def abstract(checkpoint, quantization="auto"):
     )
 
 
+def test_a_bias_that_is_not_of_zeros_is_not_dropped(tmp_path, source):
+    write_quantized(source, tmp_path / "model", GPTQ, gptq(4, 32, is_symmetric=True, bias=0.5))
+    with open_checkpoint(tmp_path / "model") as checkpoint:
+        with pytest.raises(WeightError, match=r"does not use: model.layers.0.*\.bias"):
+            load_params(abstract(checkpoint), checkpoint, lambda done, total: None)
+
+
 def test_without_weights_the_config_says_what_is_quantised(tmp_path, source):
     write_quantized(source, tmp_path / "model", AWQ, awq(32))
     with open_checkpoint(tmp_path / "model") as checkpoint:
@@ -183,6 +191,17 @@ def test_quantising_what_is_quantised_is_refused_unless_it_is_the_same(tmp_path,
         ({**GPTQ, "bits": 3}, "gptq: bits = 3 is not supported; supported: 4, 8"),
         ({**GPTQ, "dynamic": {"-:lm_head": {}}}, "gptq: dynamic = "),
         ({**GPTQ, "group_size": 0}, "group_size is 0"),
+        ({**FP8, "weight_block_size": [128, 0]}, "weight_block_size = .128, 0. is not supported"),
+        (compressed(weights("int", 8, "group"), format="int-quantized"), "group_size is None"),
+        (
+            compressed(
+                weights("int", 8, "channel"),
+                format="int-quantized",
+                activations=weights("float", 8, "token"),
+            ),
+            "input_activations = .'float', 8, True. is not supported; supported: symmetric int",
+        ),
+        ("int8", "quantization_config is 'int8'; it must be an object"),
         ({**FP8, "fmt": "e5m2"}, "fp8: fmt = e5m2 is not supported; supported: e4m3"),
         (
             compressed(weights("float", 4, "tensor_group"), format="nvfp4-pack-quantized"),

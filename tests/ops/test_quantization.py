@@ -153,9 +153,28 @@ def test_the_form_follows_the_device(platform, is_native, activations, num_group
         is_native=is_native,
         activations=activations,
         num_groups=num_groups,
+        has_zero=False,
         in_size=4096,
     )
     assert actual == form
+
+
+def test_activations_stay_float_beside_zeros_and_int4():
+    options = {"is_native": True, "activations": "dynamic", "num_groups": 1, "in_size": 4096}
+    assert form_for("gpu", has_zero=True, **options) == Fused()
+    for platform in ("gpu", "tpu"):
+        device = SimpleNamespace(
+            platform=platform, device_kind="TPU v6 lite", compute_capability="9.0"
+        )
+        assert not multiplies_natively(device, jnp.dtype(jnp.int4))
+    amd = SimpleNamespace(platform="gpu", device_kind="MI300X", compute_capability="gfx942")
+    assert not multiplies_natively(amd, jnp.dtype(jnp.int8))
+
+
+def test_int4_keeps_a_group_far_from_zero():
+    data, scale, zero = quantize(jnp.full((2, 64), 0.3, jnp.float32), INT4, 1)
+    actual = dequantize(QuantizedWeight(data=data, scale=scale, zero=zero))
+    np.testing.assert_allclose(actual, 0.3, rtol=0.01)
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,8 @@ def read_kv_peaks(checkpoint: Checkpoint, num_layers: int) -> np.ndarray | None:
     have scales of their own.
     """
     scheme = (checkpoint.config.get("quantization_config") or {}).get("kv_cache_scheme")
-    kind = scheme.get("type", "float") if isinstance(scheme, dict) else "float"
+    scheme = scheme if isinstance(scheme, dict) else {}
+    kind = scheme.get("type", "float")
     names = set(checkpoint.names)
     for pair in _NAMES:
         wanted = [f"model.layers.{layer}.{name}" for layer in range(num_layers) for name in pair]
@@ -38,9 +39,16 @@ def read_kv_peaks(checkpoint: Checkpoint, num_layers: int) -> np.ndarray | None:
             raise WeightError(
                 f"the checkpoint lacks {missing[0]}, but has such scales of other layers"
             )
+        if kind not in _LARGEST or scheme.get("num_bits", 8) != 8:
+            raise WeightError(
+                f"config.json: kv_cache_scheme = {str(scheme)[:80]} is not supported; supported: "
+                "8 bit int, float"
+            )
         scales = [checkpoint.read(name).astype(np.float32).reshape(-1) for name in wanted]
         for name, scale in zip(wanted, scales, strict=True):
             if scale.size != 1:
                 raise WeightError(f"{name} has {scale.size} numbers; a layer has one scale")
+            if not (np.isfinite(scale[0]) and scale[0] > 0):
+                raise WeightError(f"{name} is {scale[0]}; a scale is positive")
         return np.concatenate(scales).reshape(num_layers, 2) * np.float32(_LARGEST[kind])
     return None

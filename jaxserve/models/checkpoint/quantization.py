@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import ml_dtypes
 import numpy as np
@@ -106,12 +106,12 @@ class Packed:
         "weight_shape",
         "weight_zero_point",
         "weight_g_idx",
+        "input_scale",
     )
 
     def shape(self, source: Source, stem: str) -> tuple[int, int]:
         """Returns `[out, in]`."""
-        rows, columns = source.read(f"{stem}.weight_shape").tolist()
-        return (rows, columns)
+        return _two(tuple(source.read(f"{stem}.weight_shape").reshape(-1).tolist()))
 
     def load(self, source: Source, stem: str) -> StoredWeight:
         """Returns the matrix."""
@@ -201,6 +201,10 @@ class Gptq:
 
 def scheme_for(config: dict[str, Any]) -> Scheme:
     """Returns the scheme of config.json's `quantization_config`; WeightError if not supported."""
+    if not isinstance(config, dict):
+        raise WeightError(
+            f"config.json: quantization_config is {str(config)[:80]!r}; it must be an object"
+        )
     method = config.get("quant_method")
     readers = {
         "compressed-tensors": _compressed_tensors,
@@ -224,7 +228,7 @@ def _compressed_tensors(config: dict[str, Any]) -> Scheme:
     kind = (weights.get("type"), weights.get("num_bits"))
     strategy = weights.get("strategy")
     if layout == "pack-quantized":
-        return _pack_quantized(groups[0], weights)
+        return _pack_quantized(weights)
     types = {("int", 8): "int8", ("float", 8): "float8_e4m3fn"}
     if layout not in ("int-quantized", "float-quantized", "naive-quantized") or kind not in types:
         supported = "int-quantized and float-quantized of 8 bit, pack-quantized of 4 and 8 bit"
@@ -233,22 +237,21 @@ def _compressed_tensors(config: dict[str, Any]) -> Scheme:
         raise _refused("compressed-tensors", "symmetric", False, "true")
     format = WeightFormat(
         type="int8" if kind[0] == "int" else "float8_e4m3fn",
-        activations=_activations(groups[0].get("input_activations")),
+        activations=_activations(groups[0].get("input_activations"), str(kind[0])),
     )
     if strategy == "block":
         block = weights.get("block_structure")
-        if not isinstance(block, list) or len(block) != 2:
-            raise _refused("compressed-tensors", "block_structure", block, "[rows, columns]")
-        format = dataclasses.replace(format, rows=block[0], columns=block[1])
+        rows, columns = _block("compressed-tensors", "block_structure", block)
+        format = dataclasses.replace(format, rows=rows, columns=columns)
     elif strategy == "group":
-        format = dataclasses.replace(format, columns=weights["group_size"])
+        format = dataclasses.replace(format, columns=_columns(weights.get("group_size")))
     elif strategy not in ("channel", "tensor"):
         supported = "tensor, channel, group, block"
         raise _refused("compressed-tensors", "strategy", strategy, supported)
     return Scaled(format=format, marker="weight_scale")
 
 
-def _pack_quantized(group: dict[str, Any], weights: dict[str, Any]) -> Scheme:
+def _pack_quantized(weights: dict[str, Any]) -> Scheme:
     bits, strategy = weights.get("num_bits"), weights.get("strategy")
     if weights.get("type") != "int" or bits not in (4, 8):
         kind = (weights.get("type"), bits)
@@ -258,20 +261,29 @@ def _pack_quantized(group: dict[str, Any], weights: dict[str, Any]) -> Scheme:
     return Packed(
         format=WeightFormat(
             type="int4" if bits == 4 else "int8",
-            columns=weights["group_size"] if strategy == "group" else None,
+            columns=_columns(weights.get("group_size")) if strategy == "group" else None,
             has_zero=not weights.get("symmetric", True),
             has_order=weights.get("actorder") in ("group", "dynamic", True),
-            activations=_activations(group.get("input_activations")),
+            # Whatever input_activations says: packed weights are multiplied as floats.
         )
     )
 
 
-def _activations(config: dict[str, Any] | None) -> Any:
+def _activations(config: dict[str, Any] | None, kind: str) -> Literal["float", "dynamic", "static"]:
     if config is None:
         return "float"
-    if config.get("num_bits") != 8:
-        raise _refused("compressed-tensors", "input_activations", config.get("num_bits"), "8 bit")
+    found = (config.get("type", kind), config.get("num_bits"), config.get("symmetric", True))
+    if found != (kind, 8, True):
+        supported = f"symmetric {kind} of 8 bit"
+        raise _refused("compressed-tensors", "input_activations", found, supported)
     return "dynamic" if config.get("dynamic") else "static"
+
+
+def _block(method: str, key: str, block: Any) -> tuple[int, int]:
+    sizes = block if isinstance(block, list) else []
+    if len(sizes) != 2 or not all(type(size) is int and size > 0 for size in sizes):
+        raise _refused(method, key, block, "[rows, columns]")
+    return sizes[0], sizes[1]
 
 
 def _fp8(config: dict[str, Any]) -> Scheme:
@@ -284,9 +296,8 @@ def _fp8(config: dict[str, Any]) -> Scheme:
     block = config.get("weight_block_size")
     if block is None:
         return Scaled(format=format, marker="weight_scale")
-    if not isinstance(block, list) or len(block) != 2:
-        raise _refused("fp8", "weight_block_size", block, "[rows, columns]")
-    format = dataclasses.replace(format, rows=block[0], columns=block[1])
+    rows, columns = _block("fp8", "weight_block_size", block)
+    format = dataclasses.replace(format, rows=rows, columns=columns)
     return Scaled(format=format, marker="weight_scale_inv")
 
 
@@ -356,13 +367,18 @@ def unpack(
     return halves.reshape(len(words), -1).astype(np.int16)
 
 
-def _in_awq_order(values: np.ndarray) -> np.ndarray:
+def _in_awq_order(
+    values: np.ndarray,  # [rows, columns]
+) -> np.ndarray:  # [rows, columns]
     ordered = np.empty((len(values), values.shape[1] // 8, 8), values.dtype)
     ordered[:, :, list(_AWQ_ORDER)] = values.reshape(ordered.shape)
     return ordered.reshape(values.shape)
 
 
-def _order(group_of: np.ndarray, groups: int) -> np.ndarray:
+def _order(
+    group_of: np.ndarray,  # [in]
+    groups: int,
+) -> np.ndarray:  # [in] i32
     # Which column of the model each stored column is to be, once groups lie side by side.
     counts = np.bincount(group_of, minlength=groups) if (group_of >= 0).all() else np.zeros(0)
     if len(counts) != groups or (counts != len(group_of) // groups).any():
