@@ -94,6 +94,8 @@ CASES = [
         {"heads": 71, "kv_heads": 1, "head_dim": 64},
         {"heads": 9, "kv_heads": 3, "head_dim": 64},
         {"heads": 8, "kv_heads": 8},
+        {"heads": 8, "kv_heads": 8, "head_dim": 256},
+        {"heads": 16, "kv_heads": 8, "head_dim": 192},
         {"sliding_window": 4096},
         {"soft_cap": 50.0},
         {"has_sinks": True, "head_dim": 64, "sliding_window": 128},

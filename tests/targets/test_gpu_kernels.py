@@ -24,7 +24,7 @@ CASES = [
     KernelCase(step="mixed"),
     KernelCase(step="mixed", head_dim=64, heads=9, kv_heads=3, sliding_window=128, has_sinks=True),
     KernelCase(step="mixed", head_dim=80, page_size=64),
-    KernelCase(step="mixed", head_dim=256, page_size=256),
+    KernelCase(step="mixed", head_dim=256, heads=8, page_size=256),
     KernelCase(step="mixed", dtype="float8_e5m2", soft_cap=50.0),
     KernelCase(step="mixed", head_dim=256, dtype="int8"),
 ]
