@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,11 +13,8 @@ from flax import nnx
 from jaxserve.batch import Batch, Cache, LayerState
 from jaxserve.errors import WeightError
 from jaxserve.models.hf_config import layer_windows, refuse_unless
-from jaxserve.models.llama import Angles, Embedding, Linear
-from jaxserve.ops.attention import attend
-from jaxserve.ops.linear import matmul_f32
-from jaxserve.ops.norm import rms_norm
-from jaxserve.ops.rope import Rope, apply_rope, inverse_frequencies, rope_angles, rope_from_hf
+from jaxserve.models.layers import Angles, Attention, Decoder, Mlp, Norm, head_logits, head_of
+from jaxserve.ops.rope import Rope, inverse_frequencies, rope_angles, rope_from_hf
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,85 +94,30 @@ def _ropes(config: dict[str, Any]) -> tuple[Rope, Rope]:
     )
 
 
-class Norm(nnx.Module):
-    """RMSNorm whose weight is stored as its distance from 1."""
-
-    def __init__(self, size: int, eps: float, dtype: jnp.dtype) -> None:
-        self.weight = nnx.Param(jnp.zeros((size,), dtype), axes=(None,))
-        self.eps = eps
-
-    def __call__(self, x: jax.Array) -> jax.Array:  # [..., size]
-        return rms_norm(x, self.weight[...], self.eps, offset=1.0)
+def _norm(config: Gemma3Config, size: int, dtype: jnp.dtype) -> Norm:
+    """Returns a norm whose weight is stored as its distance from 1."""
+    return Norm(size, config.norm_eps, dtype, offset=1.0)
 
 
-class Attention(nnx.Module):
-    """Grouped-query attention on normalised heads with rotary positions."""
-
-    def __init__(self, config: Gemma3Config, layer: int, dtype: jnp.dtype) -> None:
-        hidden = ("hidden", config.hidden_size)
-        heads = ("heads", config.num_heads * config.head_dim)
-        kv_heads = ("kv_heads", config.num_kv_heads * config.head_dim)
-        has_bias = config.has_attention_bias
-        self.q_proj = Linear(heads, hidden, dtype, has_bias=has_bias)
-        self.k_proj = Linear(kv_heads, hidden, dtype, has_bias=has_bias)
-        self.v_proj = Linear(kv_heads, hidden, dtype, has_bias=has_bias)
-        self.o_proj = Linear(hidden, heads, dtype, has_bias=has_bias)
-        self.q_norm = Norm(config.head_dim, config.norm_eps, dtype)
-        self.k_norm = Norm(config.head_dim, config.norm_eps, dtype)
-        self.head_dim = config.head_dim
-        self.scale = config.attention_scale
-        self.soft_cap = config.attention_soft_cap
-        self.window = config.windows[layer]
-
-    def __call__(
-        self,
-        x: jax.Array,  # [tokens, hidden]
-        angles: Angles,
-        batch: Batch,
-        cache: LayerState,
-    ) -> tuple[jax.Array, LayerState]:  # [tokens, hidden]
-        tokens = x.shape[0]
-        q = self.q_norm(self.q_proj(x).reshape(tokens, -1, self.head_dim))
-        k = self.k_norm(self.k_proj(x).reshape(tokens, -1, self.head_dim))
-        v = self.v_proj(x).reshape(tokens, -1, self.head_dim)
-        out, cache = attend(
-            apply_rope(q, angles),
-            apply_rope(k, angles),
-            v,
-            cache,
-            batch,
-            scale=self.scale,
-            sliding_window=self.window,
-            soft_cap=self.soft_cap,
-        )
-        return self.o_proj(out.reshape(tokens, -1)), cache
-
-
-class Mlp(nnx.Module):
-    """GeGLU (https://arxiv.org/abs/2002.05202), with the tanh form of GELU."""
-
-    def __init__(self, config: Gemma3Config, dtype: jnp.dtype) -> None:
-        hidden, ffw = ("hidden", config.hidden_size), ("ffw", config.ffw_size)
-        self.gate_proj = Linear(ffw, hidden, dtype)
-        self.up_proj = Linear(ffw, hidden, dtype)
-        self.down_proj = Linear(hidden, ffw, dtype)
-
-    def __call__(self, x: jax.Array) -> jax.Array:  # [tokens, hidden]
-        gate = jax.nn.gelu(self.gate_proj(x), approximate=True)
-        return self.down_proj(gate * self.up_proj(x))
-
-
-class Layer(nnx.Module):
+class Gemma3Layer(nnx.Module):
     """Attention and feed-forward, each normalised before it and before it is added."""
 
-    def __init__(self, config: Gemma3Config, layer: int, dtype: jnp.dtype) -> None:
-        size, eps = config.hidden_size, config.norm_eps
-        self.input_layernorm = Norm(size, eps, dtype)
-        self.self_attn = Attention(config, layer, dtype)
-        self.post_attention_layernorm = Norm(size, eps, dtype)
-        self.pre_feedforward_layernorm = Norm(size, eps, dtype)
-        self.mlp = Mlp(config, dtype)
-        self.post_feedforward_layernorm = Norm(size, eps, dtype)
+    def __init__(self, config: Gemma3Config, window: int | None, dtype: jnp.dtype) -> None:
+        self.input_layernorm = _norm(config, config.hidden_size, dtype)
+        self.self_attn = Attention(
+            config,
+            dtype,
+            sliding_window=window,
+            scale=config.attention_scale,
+            soft_cap=config.attention_soft_cap,
+            has_qkv_bias=config.has_attention_bias,
+            has_output_bias=config.has_attention_bias,
+            head_norm=functools.partial(_norm, config, config.head_dim, dtype),
+        )
+        self.post_attention_layernorm = _norm(config, config.hidden_size, dtype)
+        self.pre_feedforward_layernorm = _norm(config, config.hidden_size, dtype)
+        self.mlp = Mlp(config, dtype, activation=functools.partial(jax.nn.gelu, approximate=True))
+        self.post_feedforward_layernorm = _norm(config, config.hidden_size, dtype)
 
     def __call__(
         self, x: jax.Array, angles: Angles, batch: Batch, cache: LayerState
@@ -183,15 +126,6 @@ class Layer(nnx.Module):
         x = x + self.post_attention_layernorm(out)
         out = self.mlp(self.pre_feedforward_layernorm(x))
         return x + self.post_feedforward_layernorm(out), cache
-
-
-class Decoder(nnx.Module):
-    """Embedding, layers and final norm; the head belongs to `Gemma3`."""
-
-    def __init__(self, config: Gemma3Config, dtype: jnp.dtype) -> None:
-        self.embed_tokens = Embedding(config, dtype)
-        self.layers = nnx.List([Layer(config, layer, dtype) for layer in range(config.num_layers)])
-        self.norm = Norm(config.hidden_size, config.norm_eps, dtype)
 
 
 class Gemma3(nnx.Module):
@@ -204,10 +138,10 @@ class Gemma3(nnx.Module):
         dtype: jnp.dtype,  # of weights
         activation_dtype: jnp.dtype,  # of what flows between layers
     ) -> None:
-        self.model = Decoder(config, dtype)
-        if not config.is_tied:
-            vocab, hidden = ("vocab", config.vocab_size), ("hidden", config.hidden_size)
-            self.lm_head = Linear(vocab, hidden, dtype)
+        layers = [Gemma3Layer(config, window, dtype) for window in config.windows]
+        norm = _norm(config, config.hidden_size, dtype)
+        self.model = Decoder(config, layers, norm, dtype)
+        self.lm_head = None if config.is_tied else head_of(config, dtype)
         self.config = config
         self.activation_dtype = activation_dtype
 
@@ -220,23 +154,14 @@ class Gemma3(nnx.Module):
             )
             for rope in (config.local_rope, config.global_rope)
         )
-        x = self.model.embed_tokens.weight[...][batch.tokens].astype(self.activation_dtype)
+        angles = [global_angles if window is None else local_angles for window in config.windows]
         # Rounded first, as in training: in bfloat16, the root of 3072 is 55.5.
-        x = x * jnp.asarray(config.hidden_size**0.5, self.activation_dtype)
-        layers = []
-        for layer, window, layer_cache in zip(
-            self.model.layers, config.windows, cache, strict=True
-        ):
-            angles = global_angles if window is None else local_angles
-            with jax.named_scope("layer"):
-                x, layer_cache = layer(x, angles, batch, layer_cache)
-            layers.append(layer_cache)
-        return x, tuple(layers)
+        factor = jnp.asarray(config.hidden_size**0.5, self.activation_dtype)
+        x = self.model.embed(batch, self.activation_dtype) * factor
+        return self.model.visit(x, angles, batch, cache)
 
     def logits(self, hidden: jax.Array) -> jax.Array:  # [rows, hidden] -> [rows, vocab] f32
         """Returns the logits of the tokens that follow the given rows."""
-        head = self.model.embed_tokens if self.config.is_tied else self.lm_head
+        logits = head_logits(self.model, self.lm_head, hidden)
         cap = self.config.logit_soft_cap
-        with jax.named_scope("lm_head"):
-            logits = matmul_f32(self.model.norm(hidden), head.weight[...])
-            return logits if cap is None else cap * jnp.tanh(logits / cap)
+        return logits if cap is None else cap * jnp.tanh(logits / cap)

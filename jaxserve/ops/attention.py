@@ -113,6 +113,8 @@ def choose_backend(
         raise ConfigError(f"attention_backend is {requested!r}; a {device.platform} has {known}")
     backend = own if requested == "auto" else requested
     layout = _layout(backend, shape)
+    if backend == "reference":  # serves everything
+        return Choice(layout=layout, warning=None)
     reason = refusal(
         layout,
         device,
@@ -123,7 +125,7 @@ def choose_backend(
     )
     if reason is None:
         return Choice(layout=layout, warning=None)
-    if requested != "auto" or backend == "reference":
+    if requested != "auto":
         raise ConfigError(f"attention_backend {backend!r} cannot serve this model: {reason}")
     warning = f"attention runs on the slower reference, not on the {own} kernel: {reason}"
     return Choice(layout=_layout("reference", shape), warning=warning)
