@@ -10,14 +10,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxserve.batch import Batch, Cache
-from jaxserve.errors import WeightError
+from jaxserve.models.hf_config import refuse_unless
 from jaxserve.models.layers import Attention, Decoder, Layer, Norm, head_logits, head_of
-from jaxserve.ops.rope import (
-    RopeScaling,
-    inverse_frequencies,
-    rope_angles,
-    rope_scaling_from_hf,
-)
+from jaxserve.ops.rope import Rope, inverse_frequencies, rope_angles, rope_from_hf
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,8 +27,7 @@ class LlamaConfig:
     num_kv_heads: int
     head_dim: int
     norm_eps: float
-    rope_theta: float
-    rope_scaling: RopeScaling
+    rope: Rope
     sliding_window: int | None
     is_tied: bool  # the head is the embedding
     max_positions: int
@@ -41,16 +35,8 @@ class LlamaConfig:
     @classmethod
     def from_hf(cls, config: dict[str, Any]) -> LlamaConfig:
         """Returns the config of a Hugging Face config.json; WeightError for what is not handled."""
-        for key, handled in (
-            ("hidden_act", "silu"),
-            ("attention_bias", False),
-            ("mlp_bias", False),
-        ):
-            if config.get(key, handled) != handled:
-                raise WeightError(f"config.json: {key} = {config[key]!r} is not supported")
+        refuse_unless(config, {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False})
         num_heads = config["num_attention_heads"]
-        parameters = config.get("rope_parameters") or {}
-        theta = parameters.get("rope_theta", config.get("rope_theta", 10000.0))
         return cls(
             vocab_size=config["vocab_size"],
             hidden_size=config["hidden_size"],
@@ -60,8 +46,7 @@ class LlamaConfig:
             num_kv_heads=config.get("num_key_value_heads") or num_heads,
             head_dim=config.get("head_dim") or config["hidden_size"] // num_heads,
             norm_eps=config.get("rms_norm_eps", 1e-6),
-            rope_theta=float(theta),
-            rope_scaling=rope_scaling_from_hf(config),
+            rope=rope_from_hf(config, 10000.0),
             sliding_window=config.get("sliding_window"),
             is_tied=config.get("tie_word_embeddings", False),
             max_positions=config.get("max_position_embeddings", 2048),
@@ -90,8 +75,8 @@ class Llama(nnx.Module):
 
     def __call__(self, batch: Batch, cache: Cache) -> tuple[jax.Array, Cache]:
         """Computes the step's tokens. Returns `[tokens, hidden]`, before the final norm."""
-        config = self.config
-        frequencies = inverse_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
+        config, rope = self.config, self.config.rope
+        frequencies = inverse_frequencies(config.head_dim, rope.theta, rope.scaling)
         angles = [rope_angles(batch.positions, frequencies)] * config.num_layers
         x = self.model.embed(batch, self.activation_dtype)
         return self.model.visit(x, angles, batch, cache)
