@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Sharding, SingleDeviceSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxserve.config import EngineConfig, compile_cache_path
 from jaxserve.engine.executables import ExecutableStore, private_directory
@@ -40,12 +40,13 @@ from jaxserve.engine.settings import (
     num_pages_for,
     settings_for,
 )
-from jaxserve.engine.step import DeviceState, StepSpec, init_state
-from jaxserve.mesh import mesh_for
+from jaxserve.engine.step import DEVICE, DeviceState, StepSpec, init_state, state_specs
+from jaxserve.mesh import MeshShape, mesh_for, num_parts, parse_mesh
 from jaxserve.models.checkpoint import open_checkpoint, resolve
 from jaxserve.models.loading import (
     AbstractModel,
     abstract_model,
+    config_of,
     dummy_params,
     load_params,
     stored_formats,
@@ -75,17 +76,18 @@ class EngineCore:
         self.info = EngineInfo(
             model=config.model,
             max_model_len=limits.max_model_len,
-            vocab_size=limits.vocab_size,
+            vocab_size=loaded.model.config.vocab_size,
             max_logprobs=config.max_logprobs,
-            max_num_seqs=limits.num_slots,
+            max_num_seqs=limits.num_slots * limits.num_ranks,
             max_num_batched_tokens=limits.max_step_tokens,
             page_size=limits.page_size,
-            num_pages=num_pages,
-            num_slots=limits.num_slots,
+            num_pages=num_pages * limits.num_ranks,
+            num_slots=limits.num_slots * limits.num_ranks,
             eos_tokens=loaded.eos_tokens,
             scheduling_policy=config.scheduling_policy,
             quantization=loaded.model.quantization,
             kv_cache_dtype=loaded.dtypes.kv_cache.name,
+            mesh=str(loaded.shape),
             device=device_line(loaded.device),
             dtype=loaded.dtypes.weights.name,
             attention=loaded.settings.attention.backend,
@@ -103,7 +105,8 @@ class EngineCore:
             f"ready in {self.info.ready_s:.1f} s: {self.info.device}, {self.info.dtype} weights "
             f"(quantised: {self.info.quantization}), {self.info.kv_cache_dtype} KV, "
             f"attention {self.info.attention}, "
-            f"{num_pages} pages of {limits.page_size} tokens, {limits.num_slots} slots, "
+            f"mesh {self.info.mesh}, {self.info.num_pages} pages of {limits.page_size} tokens, "
+            f"{self.info.num_slots} slots, "
             f"{self.info.num_programs} programs"
         )
 
@@ -196,12 +199,19 @@ class _Loaded:
     params: tuple[jax.Array, ...]
     dtypes: Dtypes
     settings: Settings
-    device: jax.Device
+    shape: MeshShape
+    mesh: Mesh
     eos_tokens: tuple[int, ...]
     kv_scales: np.ndarray | None  # [layers, 2, kv_heads, head_dim] f32, of keys and values
 
+    @property
+    def device(self) -> jax.Device:
+        """The first of the mesh; all are alike."""
+        return self.mesh.devices.flat[0]
+
     def spec(self, max_logprobs: int) -> StepSpec:
         return StepSpec(
+            mesh=self.mesh,
             limits=self.settings.limits,
             max_logprobs=max_logprobs,
             attention=self.settings.attention.backend,
@@ -209,13 +219,13 @@ class _Loaded:
 
 
 def _load(config: EngineConfig, report: Report) -> _Loaded:
-    """Reads the checkpoint onto the device."""
-    mesh = mesh_for(config.mesh)
-    device = mesh.devices.flat[0]
-    dtypes = dtypes_for(config, device.platform)
+    """Reads the checkpoint onto the devices."""
+    shape = parse_mesh(config.mesh)
+    dtypes = dtypes_for(config, jax.default_backend())
     is_dummy = config.load_format == "dummy"
     path = resolve(config.model, revision=config.revision)
     with open_checkpoint(path, has_weights=not is_dummy) as checkpoint:
+        mesh = mesh_for(shape, config_of(checkpoint.config))
         model = abstract_model(
             checkpoint.config,
             mesh,
@@ -224,7 +234,7 @@ def _load(config: EngineConfig, report: Report) -> _Loaded:
             quantization=config.quantization,
             formats=stored_formats(checkpoint),
         )
-        settings = settings_for(config, model, dtypes, device)
+        settings = settings_for(config, model, dtypes, mesh)
         if settings.attention.warning is not None:
             report(f"warning: {settings.attention.warning}")
         report(f"loading {config.model}: {model.num_params / 1e6:.0f}M parameters")
@@ -239,20 +249,20 @@ def _load(config: EngineConfig, report: Report) -> _Loaded:
         params=params,
         dtypes=dtypes,
         settings=settings,
-        device=device,
+        shape=shape,
+        mesh=mesh,
         eos_tokens=eos_tokens,
         kv_scales=kv_scales,
     )
 
 
 def _num_pages(config: EngineConfig, loaded: _Loaded) -> int:
-    """Returns how many pages fit beside the weights and the largest program's temporaries."""
+    """Returns how many pages of each rank fit beside weights and the largest program's rest."""
     temporary_bytes = 0
     if "bytes_limit" in (loaded.device.memory_stats() or {}):
         largest = _buckets(loaded.settings)[-1]
-        sharding = SingleDeviceSharding(loaded.device)
         num_pages = loaded.settings.limits.pages_per_sequence
-        state = abstract_state(loaded.settings, num_pages, sharding)
+        state = abstract_state(loaded.settings, num_pages, loaded.mesh)
         lowered = lower_step(loaded.model, loaded.spec(config.max_logprobs), state, largest)
         analysis = lowered.compile().memory_analysis()
         assert analysis is not None, loaded.device
@@ -260,8 +270,8 @@ def _num_pages(config: EngineConfig, loaded: _Loaded) -> int:
     return num_pages_for(
         config,
         loaded.settings,
-        device=loaded.device,
-        model_bytes=loaded.model.param_bytes,
+        mesh=loaded.mesh,
+        model_bytes=loaded.model.device_bytes,
         temporary_bytes=temporary_bytes,
     )
 
@@ -290,12 +300,12 @@ def _make_runner(
     config: EngineConfig, loaded: _Loaded, num_pages: int, cache_dir: Path | None, report: Report
 ) -> Runner:
     spec = loaded.spec(config.max_logprobs)
-    state = abstract_state(loaded.settings, num_pages, SingleDeviceSharding(loaded.device))
+    state = abstract_state(loaded.settings, num_pages, loaded.mesh)
     store = None
     if cache_dir is not None:
         store = ExecutableStore(
             cache_dir,
-            [loaded.device],
+            list(loaded.mesh.devices.flat),
             loaded.model.config,
             loaded.model.parameters,  # quantised or not, and how they are multiplied
             loaded.dtypes,
@@ -321,24 +331,42 @@ def _buckets(settings: Settings) -> tuple[Bucket, ...]:
 
 
 def _initial_state(loaded: _Loaded, num_pages: int) -> DeviceState:
-    sharding = SingleDeviceSharding(loaded.device)
-    state = jax.jit(_state_maker(loaded.settings, num_pages), out_shardings=sharding)()
+    maker = _state_maker(loaded.settings, num_pages)
+    on_mesh = jax.shard_map(maker, mesh=loaded.mesh, in_specs=(), out_specs=state_specs())
+    state = jax.jit(on_mesh)()
     if loaded.kv_scales is None:
         return state
     return dataclasses.replace(state, cache=with_scales(state.cache, loaded.kv_scales))
 
 
-def abstract_state(settings: Settings, num_pages: int, sharding: Sharding) -> Any:
-    """Returns the shapes of the device state, a DeviceState of ShapeDtypeStructs."""
-    return jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        jax.eval_shape(_state_maker(settings, num_pages)),
-    )
+def abstract_state(
+    settings: Settings,
+    num_pages: int,  # of each rank
+    mesh: Mesh,
+) -> Any:
+    """Returns the shapes of all devices' state, a DeviceState of ShapeDtypeStructs."""
+
+    def whole(spec: PartitionSpec, parts: Any) -> Any:
+        sharding = NamedSharding(mesh, spec)
+        num_devices = mesh.size if spec == DEVICE else num_parts(mesh, "rank")
+
+        def all_parts(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+            shape = (leaf.shape[0] * num_devices, *leaf.shape[1:])
+            return jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=sharding)
+
+        return jax.tree.map(all_parts, parts)
+
+    return jax.tree.map(whole, state_specs(), jax.eval_shape(_state_maker(settings, num_pages)))
 
 
 def _state_maker(settings: Settings, num_pages: int) -> Callable[[], DeviceState]:
     return functools.partial(
-        init_state, settings.limits, settings.layout, settings.num_layers, num_pages
+        init_state,
+        settings.limits,
+        settings.layout,
+        settings.num_layers,
+        num_pages,
+        settings.vocab_part,
     )
 
 
