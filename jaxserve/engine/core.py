@@ -269,8 +269,8 @@ def _num_pages(config: EngineConfig, loaded: _Loaded) -> int:
 def _make_scheduler(config: EngineConfig, loaded: _Loaded, pool: PagePool) -> Scheduler:
     limits = loaded.settings.limits
     return Scheduler(
-        pool,
-        PrefixCache(limits.page_size, enabled=config.enable_prefix_caching),
+        [pool],
+        [PrefixCache(limits.page_size, enabled=config.enable_prefix_caching)],
         num_slots=limits.num_slots,
         max_step_tokens=limits.max_step_tokens,
         max_model_len=limits.max_model_len,

@@ -86,7 +86,7 @@ class Runner:
     def dispatch(self, plan: StepPlan) -> Pending:
         """Starts the plan's step, and returns without waiting for it."""
         packed = pack(plan, self._spec.limits, self._buckets)
-        extras = self._no_extras if packed.extras is None else jax.device_put(packed.extras)
+        extras = self._no_extras if packed.extras is None else jax.device_put(packed.extras[0])
         output = self._run((packed.num_tokens, packed.num_rows), packed.blob, extras)
         output.copy_to_host_async()
         self.num_dispatches += 1
@@ -95,28 +95,28 @@ class Runner:
     def _run(self, bucket: Bucket, blob: np.ndarray, extras: jax.Array) -> jax.Array:
         """Calls a bucket's program; the only place that does."""
         self._state, output = self._programs[bucket](
-            self._params, self._state, jax.device_put(blob), extras, self._no_grammar[bucket[1]]
+            self._params, self._state, jax.device_put(blob[0]), extras, self._no_grammar[bucket[1]]
         )
         return output
 
     def read(self, pending: Pending) -> list[SpanResult]:
         """Waits for a step and returns what it brought for each span of its plan."""
-        report = np.asarray(pending.output)
-        tokens = report[:, 0].tolist()
+        report = np.asarray(pending.output)[None]  # [ranks, rows, 3 + 2 * max_logprobs]
+        tokens = report[..., 0].tolist()
         results = []
-        for span, row in zip(pending.packed.spans, pending.packed.first_rows, strict=True):
+        for span, (rank, row) in zip(pending.packed.spans, pending.packed.places, strict=True):
             params = span.sequence.request.params
             last = row + span.num_rows - 1
             scored = range(row, row + span.num_rows - span.samples)
             has_logprobs = span.samples and params.logprobs is not None
             results.append(
                 SpanResult(
-                    token=tokens[last] if span.samples else None,
-                    logprobs=token_logprobs(report[last], params.logprobs or 0)
+                    token=tokens[rank][last] if span.samples else None,
+                    logprobs=token_logprobs(report[rank, last], params.logprobs or 0)
                     if has_logprobs
                     else None,
                     prompt_logprobs=tuple(
-                        token_logprobs(report[index], params.prompt_logprobs or 0)
+                        token_logprobs(report[rank, index], params.prompt_logprobs or 0)
                         for index in scored
                     ),
                 )
