@@ -69,8 +69,8 @@ class EngineCore:
         loaded = _load(config, report)
         num_pages = _num_pages(config, loaded)
         limits = loaded.settings.limits
-        self._pool = PagePool(num_pages)
-        self._scheduler = _make_scheduler(config, loaded, self._pool)
+        self._pools = [PagePool(num_pages) for _ in range(limits.num_ranks)]
+        self._scheduler = _make_scheduler(config, loaded, self._pools)
         self._runner = _make_runner(config, loaded, num_pages, cache_dir, report)
         self.max_waiting = loaded.settings.max_waiting
         self.info = EngineInfo(
@@ -156,7 +156,7 @@ class EngineCore:
         return EngineStats(
             num_running=scheduler.num_running,
             num_waiting=scheduler.num_waiting,
-            num_pages_free=self._pool.num_free,
+            num_pages_free=sum(pool.num_free for pool in self._pools),
             num_pages=self.info.num_pages,
             num_steps=self._runner.num_dispatches,
             prompt_tokens=totals.prompt_tokens,
@@ -276,18 +276,20 @@ def _num_pages(config: EngineConfig, loaded: _Loaded) -> int:
     )
 
 
-def _make_scheduler(config: EngineConfig, loaded: _Loaded, pool: PagePool) -> Scheduler:
+def _make_scheduler(
+    config: EngineConfig, loaded: _Loaded, pools: Sequence[PagePool]
+) -> Scheduler:
     limits = loaded.settings.limits
     return Scheduler(
-        pool,
-        PrefixCache(limits.page_size, enabled=config.enable_prefix_caching),
+        pools,
+        [PrefixCache(limits.page_size, enabled=config.enable_prefix_caching) for _ in pools],
         num_slots=limits.num_slots,
         max_step_tokens=limits.max_step_tokens,
         max_model_len=limits.max_model_len,
         page_size=limits.page_size,
         # The client counts what waits. Beyond that, free slots may be taken, and preempted
         # sequences come back.
-        max_waiting=loaded.settings.max_waiting + 2 * limits.num_slots,
+        max_waiting=loaded.settings.max_waiting + 2 * limits.num_slots * limits.num_ranks,
         eos_tokens=loaded.eos_tokens,
         max_page_grants=limits.max_grants,
         max_history_tokens=limits.max_history,

@@ -114,8 +114,8 @@ class Runner:
         report = np.asarray(pending.output)
         tokens = report[:, 0].tolist()
         results = []
-        for span, (rank, row) in zip(pending.packed.spans, pending.packed.places, strict=True):
-            row += rank * pending.packed.num_rows
+        for span, (rank, first) in zip(pending.packed.spans, pending.packed.places, strict=True):
+            row = rank * pending.packed.num_rows + first
             params = span.sequence.request.params
             last = row + span.num_rows - 1
             scored = range(row, row + span.num_rows - span.samples)

@@ -14,7 +14,8 @@ from jax.sharding import Mesh
 
 from jaxserve.errors import WeightError
 from jaxserve.mesh import num_parts, sharding_for
-from jaxserve.models.checkpoint import StoredWeight, WeightFormat
+from jaxserve.models.checkpoint import WeightFormat
+from jaxserve.models.checkpoint.contract import StoredWeight
 from jaxserve.ops.quantization import (
     QuantizedWeight,
     form_for,

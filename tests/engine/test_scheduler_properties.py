@@ -58,17 +58,24 @@ def limits(draw):
 class SchedulerMachine(RuleBasedStateMachine):
     """Drives a scheduler and a device that remembers what each page holds."""
 
+    def __init__(self, num_ranks):
+        super().__init__()
+        self.num_ranks = num_ranks
+
     @initialize(
         limits=limits(), caches=st.booleans(), start=st.lists(tokens, min_size=16, max_size=16)
     )
     def build(self, limits, caches, start):
         self.limits = dict(limits)
         num_pages, page_size = limits.pop("num_pages"), limits["page_size"]
-        self.pool = PagePool(num_pages)
-        prefix_cache = PrefixCache(page_size, enabled=caches)
-        scheduler = Scheduler(self.pool, prefix_cache, eos_tokens=(EOS,), **limits)
-        device = FakeDevice(num_pages=num_pages, page_size=page_size, num_slots=limits["num_slots"])
-        self.pipeline = Pipeline(scheduler, device)
+        self.pools = [PagePool(num_pages) for _ in range(self.num_ranks)]
+        prefix_caches = [PrefixCache(page_size, enabled=caches) for _ in range(self.num_ranks)]
+        scheduler = Scheduler(self.pools, prefix_caches, eos_tokens=(EOS,), **limits)
+        sizes = {"num_pages": num_pages, "page_size": page_size, "num_slots": limits["num_slots"]}
+        device = FakeDevice(num_ranks=self.num_ranks, **sizes)
+        self.pipeline = Pipeline(scheduler, device, self._check_plan)
+        self.num_moved = 0  # admissions of sequences that were preempted on another rank
+        self.last_rank = {}  # of each sequence that has run
         self.start = start  # shared by prompts, so that prefixes are hit
         self.requests = {}
         self.aborted = set()
@@ -111,21 +118,27 @@ class SchedulerMachine(RuleBasedStateMachine):
     @rule(count=st.sampled_from([4, 1, 2, 8]))
     def step(self, count):
         for _ in range(count):
-            self._check_plan(self.pipeline.step())
+            self.pipeline.step()
             self._check_memory()
 
     @invariant()
-    def pages_are_conserved(self):
-        if not hasattr(self, "pool"):
+    def pages_and_slots_are_conserved(self):
+        if not hasattr(self, "pools"):
             return
-        self.pool.check()
-        held = [page for sequence in self.scheduler.running for page in sequence.pages]
-        assert len(set(held)) == self.pool.num_pages - self.pool.num_free
-        assert all(self.pool.num_holders_of(page) == held.count(page) for page in held)
-        assert not any(sequence.pages for sequence in self.scheduler.waiting)
+        for rank, pool in enumerate(self.pools):
+            pool.check()
+            running = [sequence for sequence in self.scheduler.running if sequence.rank == rank]
+            held = [page for sequence in running for page in sequence.pages]
+            assert len(set(held)) == pool.num_pages - pool.num_free
+            assert all(pool.num_holders_of(page) == held.count(page) for page in held)
+            slots = {sequence.slot for sequence in running}
+            assert len(slots) == len(running) and slots <= set(range(self.limits["num_slots"]))
+        waiting = self.scheduler.waiting
+        assert not any(sequence.pages for sequence in waiting)
+        assert {(sequence.rank, sequence.slot) for sequence in waiting} <= {(None, None)}
 
     def teardown(self):
-        if not hasattr(self, "pool"):
+        if not hasattr(self, "pools"):
             return
         num_steps = 0
         while self.scheduler.has_work or self.pipeline.in_flight:
@@ -140,27 +153,19 @@ class SchedulerMachine(RuleBasedStateMachine):
         return any(update.finish_reason is not None for update in updates)
 
     def _check_plan(self, plan):
-        if plan is None:
-            return
-        limits, spans = self.limits, plan.spans
-        assert plan.num_tokens == sum(span.count for span in spans) <= limits["max_step_tokens"]
-        assert plan.num_rows == sum(span.num_rows for span in spans) <= limits["max_step_rows"]
-        assert sum(len(grant.pages) for grant in plan.grants) <= limits["max_page_grants"]
-        num_history = sum(sequence.num_history for sequence in plan.admitted)
-        assert num_history <= limits["max_history_tokens"]
-        assert sum(sequence.is_wide for sequence in plan.admitted) <= limits["max_wide_admissions"]
-        assert len({span.sequence for span in spans}) == len(spans) <= limits["num_slots"]
-        assert all(span.count == 1 and span.samples for span in spans[: plan.num_decode])
-        assert not any(span.count == 1 and span.samples for span in spans[plan.num_decode :])
-        computing = {span.sequence for span in spans}
-        assert not computing.intersection(plan.preempted)
-        assert computing.issuperset(plan.admitted)
-
-    def _check_memory(self):
-        """Each running sequence sees its own tokens at every position it has computed."""
-        for sequence in self.scheduler.running:
-            end = min(sequence.num_computed, len(sequence.tokens))
-            assert self.pipeline.device.read(sequence.slot, end) == sequence.tokens[:end]
+        preempting = set()  # ranks
+        if plan is not None:
+            self._check_spans(plan)
+            uses = [self._check_limits(plan, rank) for rank in range(self.num_ranks)]
+            maxima = plan.num_tokens, plan.num_rows, plan.num_sequences
+            assert maxima == tuple(max(use[:3]) for use in zip(*uses, strict=True))[:3]
+            preempting = {self.last_rank[sequence] for sequence in plan.preempted}
+            self.num_moved += sum(
+                self.last_rank.get(sequence, sequence.rank) != sequence.rank
+                for sequence in plan.admitted
+            )
+        self.last_rank.update((sequence, sequence.rank) for sequence in self.scheduler.running)
+        self._check_nobody_waits_in_vain(plan, preempting)
 
     def _check_updates(self, request_id, request):
         outputs, reason, stop_token = run_alone(request, self.limits["max_model_len"])

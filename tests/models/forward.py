@@ -12,7 +12,7 @@ from flax import nnx
 
 from jaxserve.batch import Batch, ScaledCache
 from jaxserve.engine.kv_scales import kv_scales_for
-from jaxserve.mesh import mesh_for
+from jaxserve.mesh import mesh_of_one
 from jaxserve.models.checkpoint import open_checkpoint
 from jaxserve.models.loading import abstract_model, load_params, stored_formats
 from pallas_kernels.ragged_paged_attention import layout_for
@@ -35,7 +35,7 @@ class Forward:
         with open_checkpoint(path) as checkpoint:
             model = abstract_model(
                 checkpoint.config,
-                mesh_for("1"),
+                mesh_of_one(),
                 dtype=FLOAT32,
                 activation_dtype=FLOAT32,
                 quantization=quantization,

@@ -7,7 +7,7 @@ import pytest
 from jax.sharding import Mesh
 
 from jaxserve.errors import WeightError
-from jaxserve.mesh import AXES, mesh_for
+from jaxserve.mesh import AXES, mesh_of_one
 from jaxserve.models.checkpoint import open_checkpoint
 from jaxserve.models.loading import abstract_model, dummy_params, load_params
 from jaxserve.ops.quantization import QuantizedWeight, dequantize
@@ -34,7 +34,7 @@ def loaded(folder, quantization, mesh=None, dtype=FLOAT32):
     with open_checkpoint(folder) as checkpoint:
         model = abstract_model(
             checkpoint.config,
-            mesh or mesh_for("1"),
+            mesh or mesh_of_one(),
             dtype=dtype,
             activation_dtype=FLOAT32,
             quantization=quantization,
@@ -116,7 +116,7 @@ def test_logits_are_those_of_the_dequantised_weights(folder, tmp_path, quantizat
 @pytest.mark.parametrize("quantization", ["int8", "int4", "fp8"])
 def test_a_mesh_divides_data_and_scales_alike(folder, quantization):
     model, params = loaded(folder, quantization)
-    mesh = Mesh(np.array(jax.devices()[:2]).reshape(1, 2), AXES)
+    mesh = Mesh(np.array(jax.devices()[:2]).reshape(1, 2, 1), AXES)
     divided_model, divided = loaded(folder, quantization, mesh)
     for whole, part in zip(params, divided, strict=True):
         np.testing.assert_array_equal(np.asarray(whole), np.asarray(part))
@@ -131,7 +131,7 @@ def test_a_mesh_divides_data_and_scales_alike(folder, quantization):
 
 def test_scales_of_groups_are_divided_where_the_mesh_divides_them(tmp_path):
     folder = write_llama_folder(tmp_path, seed=3, ffn=512)
-    mesh = Mesh(np.array(jax.devices()[:2]).reshape(1, 2), AXES)
+    mesh = Mesh(np.array(jax.devices()[:2]).reshape(1, 2, 1), AXES)
     values = values_of(*loaded(folder, "int4", mesh))
     down = values["model.layers.0.mlp.down_proj.weight"]
     assert down.scale.shape == (4, HIDDEN)
