@@ -34,16 +34,14 @@ os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")  # else libtpu compla
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for scripts.model_shapes
 
 import jax
-import numpy as np
 from jax.experimental import topologies
-from jax.sharding import Mesh, SingleDeviceSharding
 
 from jaxserve.config import EngineConfig, from_table
 from jaxserve.engine.core import abstract_state
 from jaxserve.engine.runner import Bucket, buckets_for, lower_step
 from jaxserve.engine.settings import Settings, dtypes_for, settings_for
 from jaxserve.engine.step import StepSpec
-from jaxserve.mesh import AXES
+from jaxserve.mesh import mesh_of_one
 from jaxserve.models.loading import AbstractModel, abstract_model
 from jaxserve.ops.quantization import QuantizedWeight
 from scripts.model_shapes import MODELS
@@ -149,7 +147,7 @@ def compile_case(case: Case, bucket_name: str) -> Program:
             "kv_cache_dtype": case.kv_cache_dtype,
         },
     )
-    mesh = Mesh(np.array([device]).reshape(1, 1), AXES)
+    mesh = mesh_of_one(device)
     # Kernels take the hardware's facts from the mesh: without it, from the CPU.
     with jax.set_mesh(mesh):
         dtypes = dtypes_for(config, platform)
@@ -160,9 +158,10 @@ def compile_case(case: Case, bucket_name: str) -> Program:
             activation_dtype=dtypes.activations,
             quantization=case.quantization,
         )
-        settings = settings_for(config, model, dtypes, device)
-        state = abstract_state(settings, NUM_PAGES, SingleDeviceSharding(device))
+        settings = settings_for(config, model, dtypes, mesh)
+        state = abstract_state(settings, NUM_PAGES, mesh)
         spec = StepSpec(
+            mesh=mesh,
             limits=settings.limits,
             max_logprobs=config.max_logprobs,
             attention=settings.attention.backend,

@@ -276,9 +276,7 @@ def _num_pages(config: EngineConfig, loaded: _Loaded) -> int:
     )
 
 
-def _make_scheduler(
-    config: EngineConfig, loaded: _Loaded, pools: Sequence[PagePool]
-) -> Scheduler:
+def _make_scheduler(config: EngineConfig, loaded: _Loaded, pools: Sequence[PagePool]) -> Scheduler:
     limits = loaded.settings.limits
     return Scheduler(
         pools,

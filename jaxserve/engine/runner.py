@@ -15,6 +15,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from jaxserve.engine.executables import ExecutableStore
+from jaxserve.engine.jax_compat import accept_packed_arguments
 from jaxserve.engine.packing import Packed, blob_layout, empty_blob, extras_layout, pack
 from jaxserve.engine.request import TokenLogprobs
 from jaxserve.engine.sequence import SpanResult, StepPlan
@@ -196,7 +197,7 @@ def compile_programs(
     def build(bucket: Bucket) -> jax.stages.Compiled:
         if store is not None and (compiled := store.load(bucket)) is not None:
             return compiled
-        compiled = lower_step(model, spec, state, bucket).compile()
+        compiled = accept_packed_arguments(lower_step(model, spec, state, bucket).compile())
         if store is not None:
             # Without a place on disk the engine still runs; the next start compiles again.
             with contextlib.suppress(OSError, ValueError):

@@ -145,9 +145,7 @@ def settings_for(
         num_layers=model.config.num_layers,
         vocab_part=model.vocab_size // num_parts(mesh, "vocab"),
         min_rows=defaults.min_rows,
-        max_waiting=_chosen(
-            config.max_num_queued_reqs, max(64, 4 * num_slots * limits.num_ranks)
-        ),
+        max_waiting=_chosen(config.max_num_queued_reqs, max(64, 4 * num_slots * limits.num_ranks)),
     )
 
 

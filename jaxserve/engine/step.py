@@ -73,7 +73,7 @@ class StepSpec:
 
 def state_specs() -> DeviceState:
     """Returns how the state is split, a DeviceState of PartitionSpecs for (parts of) its arrays."""
-    sampling = dict.fromkeys(SamplingState.__dataclass_fields__, RANK)
+    sampling: dict[str, Any] = dict.fromkeys(SamplingState.__dataclass_fields__, RANK)
     sampling |= {"output_counts": DEVICE, "in_prompt": DEVICE}
     specs: dict[str, Any] = {
         "cache": DEVICE,
@@ -112,9 +112,7 @@ def _init_cache(layout: KVLayout, num_pages: int) -> LayerState:
     return ScaledCache(pages=pages, k_scale=ones, v_scale=ones)
 
 
-def make_step(
-    spec: StepSpec, model: AbstractModel, bucket: tuple[int, int]
-) -> jax.stages.Wrapped:
+def make_step(spec: StepSpec, model: AbstractModel, bucket: tuple[int, int]) -> jax.stages.Wrapped:
     """Returns the jitted step of one bucket; see `step` for its arguments, each a rank's part."""
 
     def bound(

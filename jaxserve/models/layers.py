@@ -74,7 +74,7 @@ class Linear(nnx.Module):
         axes, shape = zip(out, in_, strict=True)
         self.weight = nnx.Param(jnp.zeros(shape, dtype), axes=axes)
         self.bias = nnx.Param(jnp.zeros(shape[:1], dtype), axes=axes[:1]) if has_bias else None
-        self.in_axis = axes[1]
+        self.in_axis = in_[0]
 
     def __call__(self, x: jax.Array) -> jax.Array:  # [rows, in] -> [rows, out]
         if self.bias is None:

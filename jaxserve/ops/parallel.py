@@ -55,7 +55,5 @@ def _names(axis: str) -> tuple[str, ...]:
     """Returns the mesh axes that split a logical axis here."""
     mesh = jax.sharding.get_abstract_mesh()
     return tuple(
-        name
-        for name in MESH_AXES_OF[axis]
-        if name in mesh.manual_axes and mesh.shape[name] > 1
+        name for name in MESH_AXES_OF[axis] if name in mesh.manual_axes and mesh.shape[name] > 1
     )

@@ -44,6 +44,7 @@ class Forward:
             self._params = load_params(model, checkpoint, lambda done, total: None)
             scales = kv_scales_for(model, self._params, checkpoint, kv_dtype)
         config = model.config
+        self._vocab_size = config.vocab_size
         layout = layout_for(
             "reference",
             page_size=page_size,
@@ -91,7 +92,7 @@ class Forward:
                 attention="reference",
             )
             logits, cache = self._forward(self._params, batch, cache)
-            rows.append(np.asarray(logits))
+            rows.append(np.asarray(logits)[:, : self._vocab_size])
             start += count
         assert start == len(tokens)
         return np.concatenate(rows)
