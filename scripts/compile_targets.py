@@ -37,12 +37,9 @@ import jax
 from jax.experimental import topologies
 
 from jaxserve.config import EngineConfig, from_table
-from jaxserve.engine.core import abstract_state
-from jaxserve.engine.runner import Bucket, buckets_for, lower_step
-from jaxserve.engine.settings import Settings, dtypes_for, settings_for
-from jaxserve.engine.step import StepSpec
-from jaxserve.mesh import mesh_of_one
-from jaxserve.models.loading import AbstractModel, abstract_model
+from jaxserve.engine.abstract import AbstractEngine, abstract_engine
+from jaxserve.engine.runner import Bucket
+from jaxserve.models.loading import AbstractModel
 from jaxserve.ops.quantization import QuantizedWeight
 from scripts.model_shapes import MODELS
 
@@ -124,17 +121,15 @@ def topology_of(target: str) -> Any:
     )
 
 
-def named_buckets(settings: Settings) -> dict[str, Bucket]:
+def named_buckets(engine: AbstractEngine) -> dict[str, Bucket]:
     """Returns the largest bucket of one-token steps and the largest of all."""
-    limits = settings.limits
-    buckets = buckets_for(limits.max_step_tokens, limits.num_slots, settings.min_rows)
-    decode = max(bucket for bucket in buckets if bucket[0] == bucket[1])
-    return {"decode": decode, "mixed": max(buckets)}
+    decode = max(bucket for bucket in engine.buckets if bucket[0] == bucket[1])
+    return {"decode": decode, "mixed": max(engine.buckets)}
 
 
 def compile_case(case: Case, bucket_name: str) -> Program:
     """Compiles the step of a model for one device of a target, and inspects it."""
-    device = topology_of(case.target).devices[0]
+    topology = topology_of(case.target)
     platform = TARGETS[case.target].platform
     hf_config = dict(MODELS[case.model])
     hf_config["num_hidden_layers"] = case.num_layers or hf_config["num_hidden_layers"]
@@ -147,33 +142,15 @@ def compile_case(case: Case, bucket_name: str) -> Program:
             "kv_cache_dtype": case.kv_cache_dtype,
         },
     )
-    mesh = mesh_of_one(device)
-    # Kernels take the hardware's facts from the mesh: without it, from the CPU.
-    with jax.set_mesh(mesh):
-        dtypes = dtypes_for(config, platform)
-        model = abstract_model(
-            hf_config,
-            mesh,
-            dtype=dtypes.weights,
-            activation_dtype=dtypes.activations,
-            quantization=case.quantization,
-        )
-        settings = settings_for(config, model, dtypes, mesh)
-        state = abstract_state(settings, NUM_PAGES, mesh)
-        spec = StepSpec(
-            mesh=mesh,
-            limits=settings.limits,
-            max_logprobs=config.max_logprobs,
-            attention=settings.attention.backend,
-        )
-        bucket = named_buckets(settings)[bucket_name]
-        started_s = time.monotonic()
-        options: dict[str, str | bool] = {}
-        if platform == "gpu":
-            options["xla_gpu_autotune_level"] = "0"  # no device to time the candidates
-        compiled = lower_step(model, spec, state, bucket).compile(compiler_options=options)
-        seconds = time.monotonic() - started_s
-    return inspect(compiled, state, bucket, seconds, weights_of(model))
+    started_s = time.monotonic()
+    engine = abstract_engine(config, hf_config, devices=topology.devices)
+    bucket = named_buckets(engine)[bucket_name]
+    options: dict[str, str | bool] = {}
+    if platform == "gpu":
+        options["xla_gpu_autotune_level"] = "0"  # no device to time the candidates
+    compiled = engine.lower(bucket, NUM_PAGES).compile(compiler_options=options)
+    seconds = time.monotonic() - started_s
+    return inspect(compiled, engine.state(NUM_PAGES), bucket, seconds, weights_of(engine.model))
 
 
 def weights_of(model: AbstractModel) -> list[tuple[int, ...]]:

@@ -8,49 +8,25 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxserve.config import EngineConfig, compile_cache_path
+from jaxserve.engine.abstract import AbstractEngine, abstract_engine
 from jaxserve.engine.executables import ExecutableStore, private_directory
 from jaxserve.engine.info import EngineInfo, EngineStats
 from jaxserve.engine.kv_scales import kv_scales_for, with_scales
 from jaxserve.engine.pages import PagePool
 from jaxserve.engine.prefix_cache import PrefixCache
 from jaxserve.engine.request import Request, Update
-from jaxserve.engine.runner import (
-    Bucket,
-    Pending,
-    Runner,
-    buckets_for,
-    compile_programs,
-    lower_step,
-)
+from jaxserve.engine.runner import Pending, Runner, compile_programs
 from jaxserve.engine.scheduler import Scheduler
 from jaxserve.engine.sequence import StepPlan
-from jaxserve.engine.settings import (
-    Dtypes,
-    Settings,
-    device_line,
-    dtypes_for,
-    eos_tokens_of,
-    num_pages_for,
-    settings_for,
-)
-from jaxserve.engine.step import DEVICE, DeviceState, StepSpec, init_state, state_specs
-from jaxserve.mesh import MeshShape, mesh_for, num_parts, parse_mesh
+from jaxserve.engine.settings import device_line, eos_tokens_of, num_pages_for
+from jaxserve.engine.step import DeviceState, state_specs
 from jaxserve.models.checkpoint import open_checkpoint, resolve
-from jaxserve.models.loading import (
-    AbstractModel,
-    abstract_model,
-    config_of,
-    dummy_params,
-    load_params,
-    stored_formats,
-)
+from jaxserve.models.loading import dummy_params, load_params, stored_formats
 
 Report = Callable[[str], None]
 
@@ -67,16 +43,17 @@ class EngineCore:
         started_s = time.monotonic()
         cache_dir = _use_compile_cache(compile_cache_path(config))
         loaded = _load(config, report)
-        num_pages = _num_pages(config, loaded)
-        limits = loaded.settings.limits
+        engine = loaded.engine
+        num_pages = _num_pages(config, engine)
+        limits = engine.settings.limits
         self._pools = [PagePool(num_pages) for _ in range(limits.num_ranks)]
         self._scheduler = _make_scheduler(config, loaded, self._pools)
-        self._runner = _make_runner(config, loaded, num_pages, cache_dir, report)
-        self.max_waiting = loaded.settings.max_waiting
+        self._runner = _make_runner(loaded, num_pages, cache_dir, report)
+        self.max_waiting = engine.settings.max_waiting
         self.info = EngineInfo(
             model=config.model,
             max_model_len=limits.max_model_len,
-            vocab_size=loaded.model.config.vocab_size,
+            vocab_size=engine.model.config.vocab_size,
             max_logprobs=config.max_logprobs,
             max_num_seqs=limits.num_slots * limits.num_ranks,
             max_num_batched_tokens=limits.max_step_tokens,
@@ -85,12 +62,12 @@ class EngineCore:
             num_slots=limits.num_slots * limits.num_ranks,
             eos_tokens=loaded.eos_tokens,
             scheduling_policy=config.scheduling_policy,
-            quantization=loaded.model.quantization,
-            kv_cache_dtype=loaded.dtypes.kv_cache.name,
-            mesh=str(loaded.shape),
-            device=device_line(loaded.device),
-            dtype=loaded.dtypes.weights.name,
-            attention=loaded.settings.attention.backend,
+            quantization=engine.model.quantization,
+            kv_cache_dtype=engine.dtypes.kv_cache.name,
+            mesh=str(engine.shape),
+            device=device_line(engine.device),
+            dtype=engine.dtypes.weights.name,
+            attention=engine.settings.attention.backend,
             num_programs=self._runner.num_programs,
             ready_s=time.monotonic() - started_s,
         )
@@ -193,91 +170,57 @@ class EngineCore:
 
 @dataclass(frozen=True, kw_only=True)
 class _Loaded:
-    """A model on its device, and every size but the number of pages."""
+    """A model on its devices."""
 
-    model: AbstractModel
+    engine: AbstractEngine
     params: tuple[jax.Array, ...]
-    dtypes: Dtypes
-    settings: Settings
-    shape: MeshShape
-    mesh: Mesh
     eos_tokens: tuple[int, ...]
     kv_scales: np.ndarray | None  # [layers, 2, kv_heads, head_dim] f32, of keys and values
-
-    @property
-    def device(self) -> jax.Device:
-        """The first of the mesh; all are alike."""
-        return self.mesh.devices.flat[0]
-
-    def spec(self, max_logprobs: int) -> StepSpec:
-        return StepSpec(
-            mesh=self.mesh,
-            limits=self.settings.limits,
-            max_logprobs=max_logprobs,
-            attention=self.settings.attention.backend,
-        )
 
 
 def _load(config: EngineConfig, report: Report) -> _Loaded:
     """Reads the checkpoint onto the devices."""
-    shape = parse_mesh(config.mesh)
-    dtypes = dtypes_for(config, jax.default_backend())
     is_dummy = config.load_format == "dummy"
     path = resolve(config.model, revision=config.revision)
     with open_checkpoint(path, has_weights=not is_dummy) as checkpoint:
-        mesh = mesh_for(shape, config_of(checkpoint.config))
-        model = abstract_model(
-            checkpoint.config,
-            mesh,
-            dtype=dtypes.weights,
-            activation_dtype=dtypes.activations,
-            quantization=config.quantization,
-            formats=stored_formats(checkpoint),
-        )
-        settings = settings_for(config, model, dtypes, mesh)
-        if settings.attention.warning is not None:
-            report(f"warning: {settings.attention.warning}")
+        engine = abstract_engine(config, checkpoint.config, formats=stored_formats(checkpoint))
+        model = engine.model
+        if (warning := engine.settings.attention.warning) is not None:
+            report(f"warning: {warning}")
         report(f"loading {config.model}: {model.num_params / 1e6:.0f}M parameters")
         if is_dummy:
             params = dummy_params(model, config.seed)
         else:
             params = load_params(model, checkpoint, progress(report, "loading"))
-        kv_scales = kv_scales_for(model, params, checkpoint, dtypes.kv_cache)
-        eos_tokens = eos_tokens_of(checkpoint.config, checkpoint.generation_config)
-    return _Loaded(
-        model=model,
-        params=params,
-        dtypes=dtypes,
-        settings=settings,
-        shape=shape,
-        mesh=mesh,
-        eos_tokens=eos_tokens,
-        kv_scales=kv_scales,
-    )
+        return _Loaded(
+            engine=engine,
+            params=params,
+            eos_tokens=eos_tokens_of(checkpoint.config, checkpoint.generation_config),
+            kv_scales=kv_scales_for(model, params, checkpoint, engine.dtypes.kv_cache),
+        )
 
 
-def _num_pages(config: EngineConfig, loaded: _Loaded) -> int:
+def _num_pages(config: EngineConfig, engine: AbstractEngine) -> int:
     """Returns how many pages of each rank fit beside weights and the largest program's rest."""
     temporary_bytes = 0
-    if "bytes_limit" in (loaded.device.memory_stats() or {}):
-        largest = _buckets(loaded.settings)[-1]
-        num_pages = loaded.settings.limits.pages_per_sequence
-        state = abstract_state(loaded.settings, num_pages, loaded.mesh)
-        lowered = lower_step(loaded.model, loaded.spec(config.max_logprobs), state, largest)
+    if "bytes_limit" in (engine.device.memory_stats() or {}):
+        limits = engine.settings.limits
+        lowered = engine.lower(engine.buckets[-1], limits.pages_per_sequence)
         analysis = lowered.compile().memory_analysis()
-        assert analysis is not None, loaded.device
+        assert analysis is not None, engine.device
         temporary_bytes = analysis.temp_size_in_bytes + analysis.output_size_in_bytes
     return num_pages_for(
         config,
-        loaded.settings,
-        mesh=loaded.mesh,
-        model_bytes=loaded.model.device_bytes,
+        engine.settings,
+        mesh=engine.mesh,
+        model_bytes=engine.model.device_bytes,
         temporary_bytes=temporary_bytes,
     )
 
 
 def _make_scheduler(config: EngineConfig, loaded: _Loaded, pools: Sequence[PagePool]) -> Scheduler:
-    limits = loaded.settings.limits
+    settings = loaded.engine.settings
+    limits = settings.limits
     return Scheduler(
         pools,
         [PrefixCache(limits.page_size, enabled=config.enable_prefix_caching) for _ in pools],
@@ -287,7 +230,7 @@ def _make_scheduler(config: EngineConfig, loaded: _Loaded, pools: Sequence[PageP
         page_size=limits.page_size,
         # The client counts what waits. Beyond that, free slots may be taken, and preempted
         # sequences come back.
-        max_waiting=loaded.settings.max_waiting + 2 * limits.num_slots * limits.num_ranks,
+        max_waiting=settings.max_waiting + 2 * limits.num_slots * limits.num_ranks,
         eos_tokens=loaded.eos_tokens,
         max_page_grants=limits.max_grants,
         max_history_tokens=limits.max_history,
@@ -296,78 +239,46 @@ def _make_scheduler(config: EngineConfig, loaded: _Loaded, pools: Sequence[PageP
     )
 
 
-def _make_runner(
-    config: EngineConfig, loaded: _Loaded, num_pages: int, cache_dir: Path | None, report: Report
-) -> Runner:
-    spec = loaded.spec(config.max_logprobs)
-    state = abstract_state(loaded.settings, num_pages, loaded.mesh)
+def _make_runner(loaded: _Loaded, num_pages: int, cache_dir: Path | None, report: Report) -> Runner:
+    engine = loaded.engine
     store = None
     if cache_dir is not None:
         store = ExecutableStore(
             cache_dir,
-            list(loaded.mesh.devices.flat),
-            loaded.model.config,
-            loaded.model.parameters,  # quantised or not, and how they are multiplied
-            loaded.dtypes,
-            spec,
+            list(engine.mesh.devices.flat),
+            engine.model.config,
+            engine.model.parameters,  # quantised or not, and how they are multiplied
+            engine.dtypes,
+            engine.spec,
             num_pages,
         )
         store.prune()
-    runner = Runner(spec=spec, params=loaded.params, state=_initial_state(loaded, num_pages))
-    buckets = _buckets(loaded.settings)
+    state = _initial_state(loaded, num_pages)
+    runner = Runner(spec=engine.spec, params=loaded.params, state=state)
+    buckets = engine.buckets
     report(
         f"compiling {len(buckets)} programs (a first start takes a minute or more, later seconds)"
     )
     advance = progress(report, "compiling")
-    for bucket, program in compile_programs(loaded.model, spec, state, buckets, store):
+    programs = compile_programs(engine.model, engine.spec, engine.state(num_pages), buckets, store)
+    for bucket, program in programs:
         runner.hold(bucket, program)
         advance(runner.num_programs, len(buckets))
     return runner
 
 
-def _buckets(settings: Settings) -> tuple[Bucket, ...]:
-    limits = settings.limits
-    return buckets_for(limits.max_step_tokens, limits.num_slots, settings.min_rows)
-
-
 def _initial_state(loaded: _Loaded, num_pages: int) -> DeviceState:
-    maker = _state_maker(loaded.settings, num_pages)
-    on_mesh = jax.shard_map(maker, mesh=loaded.mesh, in_specs=(), out_specs=state_specs())
-    state = jax.jit(on_mesh)()
+    engine = loaded.engine
+    on_mesh = jax.shard_map(
+        functools.partial(engine.init_state, num_pages),
+        mesh=engine.mesh,
+        in_specs=(),
+        out_specs=state_specs(),
+    )
+    state: DeviceState = jax.jit(on_mesh)()
     if loaded.kv_scales is None:
         return state
     return dataclasses.replace(state, cache=with_scales(state.cache, loaded.kv_scales))
-
-
-def abstract_state(
-    settings: Settings,
-    num_pages: int,  # of each rank
-    mesh: Mesh,
-) -> Any:
-    """Returns the shapes of all devices' state, a DeviceState of ShapeDtypeStructs."""
-
-    def whole(spec: PartitionSpec, parts: Any) -> Any:
-        sharding = NamedSharding(mesh, spec)
-        num_devices = mesh.size if spec == DEVICE else num_parts(mesh, "rank")
-
-        def all_parts(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-            shape = (leaf.shape[0] * num_devices, *leaf.shape[1:])
-            return jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=sharding)
-
-        return jax.tree.map(all_parts, parts)
-
-    return jax.tree.map(whole, state_specs(), jax.eval_shape(_state_maker(settings, num_pages)))
-
-
-def _state_maker(settings: Settings, num_pages: int) -> Callable[[], DeviceState]:
-    return functools.partial(
-        init_state,
-        settings.limits,
-        settings.layout,
-        settings.num_layers,
-        num_pages,
-        settings.vocab_part,
-    )
 
 
 def _use_compile_cache(path: Path | None) -> Path | None:
