@@ -257,6 +257,15 @@ def test_the_bucket_holds_the_fullest_rank(prompts, bucket):
     assert bucket_for(plan_with(prompts), BUCKETS) == bucket
 
 
+def test_a_bucket_has_a_row_for_each_sequence_even_of_those_without_logits():
+    scheduler = scheduler_on(1, max_step_rows=1)
+    for name in "ab":
+        scheduler.add(request(name, [1, 2]))
+    plan = scheduler.plan_step()
+    assert (plan.num_rows, plan.num_sequences) == (1, 2)
+    assert bucket_for(plan, ((8, 1), (8, 2))) == (8, 2)
+
+
 def test_a_plan_beyond_all_buckets_is_an_error_with_its_counts():
     with pytest.raises(AssertionError, match=r"plan\.num_tokens=17 rows=3"):
         bucket_for(plan_with([range(17), [1], [1], [1]]), ((16, 4),))

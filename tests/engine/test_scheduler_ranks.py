@@ -144,6 +144,13 @@ def test_a_rank_without_pages_is_passed_over():
     assert ranks_of(plan) == {"full": 0, "a": 1, "b": 1, "c": 1}
 
 
+def test_a_rank_that_knows_the_prefix_but_lacks_pages_is_passed_over():
+    pipeline = with_prefix_on_rank_1(num_known=28, num_pages=10, max_step_tokens=40)
+    pipeline.scheduler.add(request("again", [*range(20), *[5] * 11]))
+    plan = pipeline.step()  # 3 pages beside the hits, and one kept: rank 1 has 3 free
+    assert (spans_of(plan)[-1], ranks_of(plan)["again"]) == (("again", 0, 31), 0)
+
+
 def test_a_head_too_large_for_every_rank_is_not_overtaken():
     scheduler = scheduler_of(num_ranks=2, num_pages=8, max_step_tokens=40)
     for name in "ab":
