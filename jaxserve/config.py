@@ -102,6 +102,23 @@ class ServerConfig:
         30.0, "seconds running requests get to finish on SIGTERM", low=0.0
     )
     enable_prompt_tokens_details: bool = option(False, "report cached prompt tokens in usage")
+    coordinator: str | Auto = option(
+        "auto",
+        "HOST:PORT of process 0, where several run one model; `auto` asks Slurm, Kubernetes or "
+        "Cloud TPU, and is one process elsewhere",
+    )
+    num_processes: int | Auto = option("auto", "processes that run the model together", low=1)
+    process_id: int | Auto = option("auto", "which of them this is; 0 serves HTTP", low=0)
+    health_port: int | Auto = option(
+        "auto",
+        "port where the other processes answer /health; `auto` is `port`, unless it is taken",
+        low=0,
+        high=65535,
+    )
+    join_timeout: float = option(300.0, "seconds to wait for all processes to come", low=1.0)
+    step_timeout: float = option(
+        60.0, "seconds after which a step of several processes counts as hung", low=1.0
+    )
     log_level: Literal["debug", "info", "warning", "error"] = option("info", "what to log")
 
 

@@ -161,3 +161,25 @@ def sharding_for(mesh: Mesh, axes: Sequence[str | None]) -> NamedSharding:
 def num_parts(mesh: Mesh, axis: str | None) -> int:
     """Returns into how many parts a mesh splits a logical axis."""
     return 1 if axis is None else math.prod(mesh.shape[name] for name in MESH_AXES_OF[axis])
+
+
+def put(
+    array: np.ndarray,  # whole, the same in every process
+    sharding: NamedSharding,
+) -> jax.Array:
+    """Returns a host's array on the devices; each process gives its own devices their parts."""
+    if sharding.is_fully_addressable:
+        return jax.device_put(array, sharding)
+    return jax.make_array_from_callback(array.shape, sharding, array.__getitem__)
+
+
+def local_device(mesh: Mesh) -> jax.Device:
+    """Returns a device of the mesh that this process has, the first of all if it has none."""
+    devices: list[jax.Device] = list(mesh.devices.flat)
+    own = (device for device in devices if device.process_index == jax.process_index())
+    return next(own, devices[0])
+
+
+def num_processes(mesh: Mesh) -> int:
+    """Returns how many processes hold devices of a mesh."""
+    return len({device.process_index for device in mesh.devices.flat})

@@ -19,6 +19,7 @@ from jaxserve.errors import EngineStopped, JaxserveError, QueueFull
 
 if TYPE_CHECKING:
     from jaxserve.engine.core import EngineCore
+    from jaxserve.engine.leader import Leader
 
 Deliver = Callable[[list[Update]], None]
 
@@ -64,6 +65,7 @@ class EngineThread:
         deliver: Deliver,
         *,
         report: Callable[[str], None] | None = None,
+        leader: Leader | None = None,  # of other processes, which run the model with this one
     ) -> None:
         """Loads and compiles; returns when ready. Raises what loading raises."""
         self._deliver = deliver
@@ -78,7 +80,10 @@ class EngineThread:
         self.error: BaseException | None = None  # what ended the thread, if not `close`
         started: queue.SimpleQueue[EngineInfo | BaseException] = queue.SimpleQueue()
         self._thread = threading.Thread(
-            target=self._run, args=(config, report or _ignore, started), name="engine", daemon=True
+            target=self._run,
+            args=(config, report or _ignore, leader, started),
+            name="engine",
+            daemon=True,
         )
         self._thread.start()
         try:
@@ -121,12 +126,13 @@ class EngineThread:
         self,
         config: EngineConfig,
         report: Callable[[str], None],
+        leader: Leader | None,
         started: queue.SimpleQueue[EngineInfo | BaseException],
     ) -> None:
         try:
             from jaxserve.engine.core import EngineCore
 
-            core = EngineCore(config, report)
+            core = EngineCore(config, report, leader)
         except BaseException as error:  # handed to the caller, who raises it
             started.put(error)
             return

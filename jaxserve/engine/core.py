@@ -2,31 +2,21 @@
 
 from __future__ import annotations
 
-import dataclasses
-import functools
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 
 import jax
-import numpy as np
 
-from jaxserve.config import EngineConfig, compile_cache_path
-from jaxserve.engine.abstract import AbstractEngine, abstract_engine
-from jaxserve.engine.executables import ExecutableStore, private_directory
-from jaxserve.engine.info import EngineInfo, EngineStats
-from jaxserve.engine.kv_scales import kv_scales_for, with_scales
+from jaxserve.config import EngineConfig
+from jaxserve.engine.info import EngineStats
+from jaxserve.engine.leader import Leader
 from jaxserve.engine.pages import PagePool
 from jaxserve.engine.prefix_cache import PrefixCache
 from jaxserve.engine.request import Request, Update
-from jaxserve.engine.runner import Pending, Runner, compile_programs
+from jaxserve.engine.runner import Pending
 from jaxserve.engine.scheduler import Scheduler
 from jaxserve.engine.sequence import StepPlan
-from jaxserve.engine.settings import device_line, eos_tokens_of, num_pages_for
-from jaxserve.engine.step import DeviceState, state_specs
-from jaxserve.models.checkpoint import open_checkpoint, resolve
-from jaxserve.models.loading import dummy_params, load_params, stored_formats
+from jaxserve.engine.startup import Started, start
 
 Report = Callable[[str], None]
 
@@ -39,38 +29,21 @@ class EngineCore:
     The device never waits for Python: a step is dispatched before the one before it is read.
     """
 
-    def __init__(self, config: EngineConfig, report: Report) -> None:
-        started_s = time.monotonic()
-        cache_dir = _use_compile_cache(compile_cache_path(config))
-        loaded = _load(config, report)
-        engine = loaded.engine
-        num_pages = _num_pages(config, engine)
-        limits = engine.settings.limits
-        self._pools = [PagePool(num_pages) for _ in range(limits.num_ranks)]
-        self._scheduler = _make_scheduler(config, loaded, self._pools)
-        self._runner = _make_runner(loaded, num_pages, cache_dir, report)
-        self.max_waiting = engine.settings.max_waiting
-        self.info = EngineInfo(
-            model=config.model,
-            max_model_len=limits.max_model_len,
-            vocab_size=engine.model.config.vocab_size,
-            max_logprobs=config.max_logprobs,
-            max_num_seqs=limits.num_slots * limits.num_ranks,
-            max_num_batched_tokens=limits.max_step_tokens,
-            page_size=limits.page_size,
-            num_pages=num_pages * limits.num_ranks,
-            num_slots=limits.num_slots * limits.num_ranks,
-            eos_tokens=loaded.eos_tokens,
-            scheduling_policy=config.scheduling_policy,
-            quantization=engine.model.quantization,
-            kv_cache_dtype=engine.dtypes.kv_cache.name,
-            mesh=str(engine.shape),
-            device=device_line(engine.device),
-            dtype=engine.dtypes.weights.name,
-            attention=engine.settings.attention.backend,
-            num_programs=self._runner.num_programs,
-            ready_s=time.monotonic() - started_s,
-        )
+    def __init__(
+        self,
+        config: EngineConfig,
+        report: Report,
+        leader: Leader | None = None,  # of the processes that dispatch what this one plans
+    ) -> None:
+        publish = None if leader is None else leader.send_step
+        started = start(config, report, peers=leader, publish=publish)
+        settings = started.engine.settings
+        self._leader = leader
+        self._pools = [PagePool(started.num_pages) for _ in range(settings.limits.num_ranks)]
+        self._scheduler = _make_scheduler(config, started, self._pools)
+        self._runner = started.runner
+        self.max_waiting = settings.max_waiting
+        self.info = started.info
         self._pending: Pending | None = None
         self._dispatch_s = 0.0  # when the newest step was dispatched
         self._read_s = 0.0  # when the newest read tokens had arrived
@@ -78,14 +51,6 @@ class EngineCore:
         self._step_s = 0.0
         self._queue_s = 0.0
         self._compiles = CompileCounter()
-        report(
-            f"ready in {self.info.ready_s:.1f} s: {self.info.device}, {self.info.dtype} weights "
-            f"(quantised: {self.info.quantization}), {self.info.kv_cache_dtype} KV, "
-            f"attention {self.info.attention}, "
-            f"mesh {self.info.mesh}, {self.info.num_pages} pages of {limits.page_size} tokens, "
-            f"{self.info.num_slots} slots, "
-            f"{self.info.num_programs} programs"
-        )
 
     @property
     def has_work(self) -> bool:
@@ -110,6 +75,16 @@ class EngineCore:
 
     def step(self) -> list[Update]:
         """Dispatches the next step, then reads and commits the one before it."""
+        if self._leader is None:
+            return self._step()
+        try:
+            with self._leader.step_in_time():
+                return self._step()
+        except Exception as error:
+            # A collective may notice that a process is lost before its connection does.
+            raise self._leader.explain(error) from error
+
+    def _step(self) -> list[Update]:
         previous, self._pending = self._pending, None
         plan = self._scheduler.plan_step()
         if plan is not None:
@@ -149,7 +124,9 @@ class EngineCore:
         )
 
     def close(self) -> None:
-        """Lets go of the device's memory."""
+        """Lets go of the device's memory, and ends the other processes in order."""
+        if self._leader is not None:
+            self._leader.end()
         self._compiles.close()
         self._pending = None
         self._runner.close()
@@ -168,58 +145,8 @@ class EngineCore:
             self._host_gap_s += now_s - max(self._read_s, self._dispatch_s)
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Loaded:
-    """A model on its devices."""
-
-    engine: AbstractEngine
-    params: tuple[jax.Array, ...]
-    eos_tokens: tuple[int, ...]
-    kv_scales: np.ndarray | None  # [layers, 2, kv_heads, head_dim] f32, of keys and values
-
-
-def _load(config: EngineConfig, report: Report) -> _Loaded:
-    """Reads the checkpoint onto the devices."""
-    is_dummy = config.load_format == "dummy"
-    path = resolve(config.model, revision=config.revision)
-    with open_checkpoint(path, has_weights=not is_dummy) as checkpoint:
-        engine = abstract_engine(config, checkpoint.config, formats=stored_formats(checkpoint))
-        model = engine.model
-        if (warning := engine.settings.attention.warning) is not None:
-            report(f"warning: {warning}")
-        report(f"loading {config.model}: {model.num_params / 1e6:.0f}M parameters")
-        if is_dummy:
-            params = dummy_params(model, config.seed)
-        else:
-            params = load_params(model, checkpoint, progress(report, "loading"))
-        return _Loaded(
-            engine=engine,
-            params=params,
-            eos_tokens=eos_tokens_of(checkpoint.config, checkpoint.generation_config),
-            kv_scales=kv_scales_for(model, params, checkpoint, engine.dtypes.kv_cache),
-        )
-
-
-def _num_pages(config: EngineConfig, engine: AbstractEngine) -> int:
-    """Returns how many pages of each rank fit beside weights and the largest program's rest."""
-    temporary_bytes = 0
-    if "bytes_limit" in (engine.device.memory_stats() or {}):
-        limits = engine.settings.limits
-        lowered = engine.lower(engine.buckets[-1], limits.pages_per_sequence)
-        analysis = lowered.compile().memory_analysis()
-        assert analysis is not None, engine.device
-        temporary_bytes = analysis.temp_size_in_bytes + analysis.output_size_in_bytes
-    return num_pages_for(
-        config,
-        engine.settings,
-        mesh=engine.mesh,
-        model_bytes=engine.model.device_bytes,
-        temporary_bytes=temporary_bytes,
-    )
-
-
-def _make_scheduler(config: EngineConfig, loaded: _Loaded, pools: Sequence[PagePool]) -> Scheduler:
-    settings = loaded.engine.settings
+def _make_scheduler(config: EngineConfig, started: Started, pools: Sequence[PagePool]) -> Scheduler:
+    settings = started.engine.settings
     limits = settings.limits
     return Scheduler(
         pools,
@@ -231,96 +158,12 @@ def _make_scheduler(config: EngineConfig, loaded: _Loaded, pools: Sequence[PageP
         # The client counts what waits. Beyond that, free slots may be taken, and preempted
         # sequences come back.
         max_waiting=settings.max_waiting + 2 * limits.num_slots * limits.num_ranks,
-        eos_tokens=loaded.eos_tokens,
+        eos_tokens=started.eos_tokens,
         max_page_grants=limits.max_grants,
         max_history_tokens=limits.max_history,
         max_wide_admissions=limits.max_wide,
         policy=config.scheduling_policy,
     )
-
-
-def _make_runner(loaded: _Loaded, num_pages: int, cache_dir: Path | None, report: Report) -> Runner:
-    engine = loaded.engine
-    store = None
-    if cache_dir is not None:
-        store = ExecutableStore(
-            cache_dir,
-            list(engine.mesh.devices.flat),
-            engine.model.config,
-            engine.model.parameters,  # quantised or not, and how they are multiplied
-            engine.dtypes,
-            engine.spec,
-            num_pages,
-        )
-        store.prune()
-    state = _initial_state(loaded, num_pages)
-    runner = Runner(spec=engine.spec, params=loaded.params, state=state)
-    buckets = engine.buckets
-    report(
-        f"compiling {len(buckets)} programs (a first start takes a minute or more, later seconds)"
-    )
-    advance = progress(report, "compiling")
-    programs = compile_programs(engine.model, engine.spec, engine.state(num_pages), buckets, store)
-    for bucket, program in programs:
-        runner.hold(bucket, program)
-        advance(runner.num_programs, len(buckets))
-    return runner
-
-
-def _initial_state(loaded: _Loaded, num_pages: int) -> DeviceState:
-    engine = loaded.engine
-    on_mesh = jax.shard_map(
-        functools.partial(engine.init_state, num_pages),
-        mesh=engine.mesh,
-        in_specs=(),
-        out_specs=state_specs(),
-    )
-    state: DeviceState = jax.jit(on_mesh)()
-    if loaded.kv_scales is None:
-        return state
-    return dataclasses.replace(state, cache=with_scales(state.cache, loaded.kv_scales))
-
-
-def _use_compile_cache(path: Path | None) -> Path | None:
-    """Turns on what makes a restart quick. Returns the folder for executables, None for none.
-
-    A CPU executable that XLA loads from its own cache cannot be serialised again (its functions
-    are missing when it is loaded the second time): there, our store works alone, and a cache that
-    the user set for JAX turns it off.
-    """
-    if path is None:
-        return None
-    is_cpu = jax.default_backend() == "cpu"
-    if jax.config.jax_compilation_cache_dir:  # type: ignore[attr-defined]
-        if is_cpu:
-            return None
-    elif not is_cpu:
-        jax.config.update("jax_compilation_cache_dir", str(private_directory(path / "xla")))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-    return private_directory(path) / "programs"
-
-
-def progress(report: Report, verb: str) -> Callable[[int, int], None]:
-    """Returns a callback for (done, all) that reports about every second and at the end.
-
-    The first few say nothing of the time left: they are done side by side and end together.
-    """
-    started_s = last_s = time.monotonic()
-
-    def advance(done: int, total: int) -> None:
-        nonlocal last_s
-        now_s = time.monotonic()
-        if done < total and now_s - last_s < 1.0:
-            return
-        last_s = now_s
-        elapsed_s = now_s - started_s
-        left_s = elapsed_s / done * (total - done)
-        rest = f", about {left_s:.0f} s left" if total // 4 < done < total else ""
-        bar = "#" * (20 * done // total)
-        report(f"{verb} [{bar:<20}] {done}/{total} in {elapsed_s:.1f} s{rest}")
-
-    return advance
 
 
 class CompileCounter:

@@ -102,11 +102,12 @@ def _platform_facts() -> list[str]:
         device.platform,
         device.device_kind,
         jax.device_count(),
+        jax.process_index(),
         os.environ.get("XLA_FLAGS", ""),
         jax.config.jax_numpy_dtype_promotion,  # type: ignore[attr-defined]
         jax.config.jax_default_matmul_precision,  # type: ignore[attr-defined]
         _cpu_features(),
-        _source_digest(),
+        source_digest(),
     ]
     return [repr(fact) for fact in facts]
 
@@ -120,7 +121,8 @@ def _cpu_features() -> str:
     return next((line for line in lines if line.startswith(("flags", "Features"))), "")
 
 
-def _source_digest() -> str:
+def source_digest() -> str:
+    """Returns a hash of all of our source."""
     digest = hashlib.sha256()
     for package in (jaxserve, pallas_kernels):
         for root in package.__path__:

@@ -24,6 +24,7 @@ class EngineInfo:
     eos_tokens: tuple[int, ...]
     device: str  # each of the mesh
     mesh: str = "1x1"  # data x tensor
+    num_processes: int = 1  # that hold a part of the mesh
     dtype: str  # of weights that are not quantised
     quantization: str  # types of weights that are, or "none"
     kv_cache_dtype: str

@@ -31,6 +31,7 @@ from jaxserve.engine.wire import (
     AskStats,
     Close,
     Died,
+    Ended,
     Progress,
     Ready,
     Start,
@@ -46,6 +47,7 @@ from jaxserve.engine.wire import (
 from jaxserve.errors import ConfigError, EngineStopped, JaxserveError, QueueFull, RequestError
 
 EXIT_GRACE_S = 10.0
+ALIVE_S = 5.0  # in which an engine process of a cluster must say something
 ENGINE_COMMAND = (sys.executable, "-m", "jaxserve.engine.process")
 
 logger = logging.getLogger("jaxserve")
@@ -133,6 +135,7 @@ class IpcClient:
         self.info: EngineInfo | None = None
         self.error: str | None = None
         self.error_kind = "EngineStopped"
+        self.has_ended = False  # in order, by itself
         self.num_abandoned = 0  # requests whose client left before their end
         self.stopped = asyncio.Event()
         self._ready = asyncio.Event()
@@ -144,6 +147,7 @@ class IpcClient:
         self._answers: dict[int, asyncio.Future[Admitted | Stats]] = {}
         self._streams: dict[str, UpdateStream] = {}
         self._pump = asyncio.create_task(self._read_frames())
+        self._watching: asyncio.Task[None] | None = None
 
     @classmethod
     async def start(
@@ -227,6 +231,8 @@ class IpcClient:
         with contextlib.suppress(asyncio.TimeoutError):
             await asyncio.wait_for(asyncio.shield(self._pump), EXIT_GRACE_S)
         self._pump.cancel()
+        if self._watching is not None:
+            self._watching.cancel()
         self._writer.close()
         if self._process is not None:
             try:
@@ -290,8 +296,28 @@ class IpcClient:
             case Ready(info):
                 self.info = info
                 self._ready.set()
+                if info.num_processes > 1:
+                    self._watching = asyncio.create_task(self._watch())
             case Died(kind, text):
                 self._stop(kind, text)
+            case Ended():
+                self.has_ended = True
+                self._stop("EngineStopped", "the cluster has ended")
+
+    async def _watch(self) -> None:
+        """Ends an engine process that stands still: the others of its cluster end without it."""
+        with contextlib.suppress(JaxserveError):
+            while True:
+                await asyncio.sleep(ALIVE_S / 5)
+                try:
+                    await asyncio.wait_for(self.stats(), ALIVE_S)
+                except TimeoutError:
+                    self._stop(
+                        "EngineStopped", f"the engine process has not answered for {ALIVE_S:.0f} s"
+                    )
+                    if self._process is not None:
+                        self._process.kill()
+                    return
 
     def _deliver(self, update: Update) -> None:
         stream = self._streams.get(update.request_id)

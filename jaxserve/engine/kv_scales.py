@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxserve.batch import Batch, Cache, ScaledCache
-from jaxserve.mesh import num_parts
+from jaxserve.mesh import num_parts, put as put_on
 from jaxserve.models.checkpoint import Checkpoint
 from jaxserve.models.checkpoint.kv_scales import read_kv_peaks
 from jaxserve.models.loading import AbstractModel
@@ -58,13 +61,14 @@ def with_scales(
     """Returns a cache of 8-bit numbers with these scales, on the devices of those it had."""
 
     def put(scale: np.ndarray, had: jax.Array) -> jax.Array:
-        mesh = had.sharding.mesh  # type: ignore[attr-defined]  # a NamedSharding, as the step's
+        sharding: Any = had.sharding  # a NamedSharding, as the step's
+        mesh = sharding.mesh
         parts = num_parts(mesh, "kv_heads")
         # Every rank, every copy: one part for each device, in the order of the mesh.
         shape = (num_parts(mesh, "rank"), parts, mesh.size // num_parts(mesh, "rank") // parts)
         split = scale.reshape(parts, -1, scale.shape[1])
         whole = np.broadcast_to(split[None, :, None], (*shape, *split.shape[1:]))
-        return jax.device_put(whole.reshape(had.shape), had.sharding)
+        return put_on(whole.reshape(had.shape), sharding)
 
     layers = []
     for layer, (k_scale, v_scale) in zip(cache, scales, strict=True):
@@ -93,7 +97,10 @@ def measured_peaks(model: AbstractModel, params: tuple[jax.Array, ...]) -> np.nd
     )
     tokens = np.random.default_rng(0).integers(config.vocab_size, size=count, dtype=np.int32)
 
-    @jax.jit
+    sharding: Any = model.shapes[0].sharding
+
+    # Every process gets the whole answer, as each computes the scales.
+    @functools.partial(jax.jit, out_shardings=NamedSharding(sharding.mesh, PartitionSpec()))
     def measure(params: tuple[jax.Array, ...], tokens: jax.Array) -> jax.Array:
         module = nnx.merge(model.graph, jax.tree.unflatten(model.tree, params))
         cache: Cache = tuple(

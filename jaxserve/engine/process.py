@@ -17,7 +17,9 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from jaxserve.config import EngineConfig, from_table
+from jaxserve.engine.cluster import Place
 from jaxserve.engine.info import EngineInfo, EngineStats
+from jaxserve.engine.member import Member
 from jaxserve.engine.request import Request, Update
 from jaxserve.engine.wire import (
     LENGTH,
@@ -26,6 +28,7 @@ from jaxserve.engine.wire import (
     AskStats,
     Close,
     Died,
+    Ended,
     Progress,
     Ready,
     RequestFrame,
@@ -72,7 +75,7 @@ Deliver = Callable[[list[Update]], None]
 MakeEngine = Callable[[EngineConfig, Deliver, Callable[[str], None]], Engine]
 
 
-class _Outbox:
+class Outbox:
     """Frames on their way to the front. Any thread puts; one thread writes what has queued."""
 
     def __init__(self, sock: socket.socket) -> None:
@@ -104,7 +107,8 @@ class _Outbox:
     def close(self) -> None:
         """Writes what has queued and ends the thread."""
         self._frames.put(None)
-        self._thread.join(CLOSE_GRACE_S)
+        if threading.current_thread() is not self._thread:
+            self._thread.join(CLOSE_GRACE_S)
 
     def _write(self) -> None:
         # The reader thread notices a front that has left; here it only ends the writing.
@@ -113,14 +117,20 @@ class _Outbox:
                 self._sock.sendall(frame)
 
 
-def serve_ipc(sock: socket.socket, make_engine: MakeEngine) -> None:
+def serve_ipc(
+    sock: socket.socket,
+    make_engine: MakeEngine,
+    *,
+    outbox: Outbox | None = None,
+    on_front_lost: Callable[[], None] | None = None,
+) -> None:
     """Serves one front until it closes or dies; the engine loads on a thread of its own.
 
     `make_engine` is called with the options, `deliver` (takes one step's updates, never blocks)
     and `report` (takes a line about loading).
     """
     frames = sock.makefile("rb")
-    outbox = _Outbox(sock)
+    outbox = outbox or Outbox(sock)
     start = _read_frame(frames)
     if not isinstance(start, Start):
         return
@@ -130,6 +140,8 @@ def serve_ipc(sock: socket.socket, make_engine: MakeEngine) -> None:
     while (message := _read_frame(frames)) is not None and not isinstance(message, Close):
         if engines:
             _obey(message, engines[0], outbox)
+    if message is None and on_front_lost is not None:
+        on_front_lost()
     if engines:
         engines[0].close()
     outbox.close()
@@ -141,7 +153,7 @@ def _load(
     config: dict[str, Any],
     make_engine: MakeEngine,
     engines: list[Engine],  # empty until the engine takes requests
-    outbox: _Outbox,
+    outbox: Outbox,
 ) -> None:
     def deliver(updates: list[Update]) -> None:
         failed = outbox.put_updates(updates)
@@ -163,7 +175,7 @@ def _load(
         outbox.put(Ready(engine.info))
 
 
-def _report_death(engine: Engine, outbox: _Outbox) -> None:
+def _report_death(engine: Engine, outbox: Outbox) -> None:
     """Tells the front, and the log, if the engine has died; a request alone may fail, too."""
     if engine.error is not None:
         traceback.print_exception(engine.error)
@@ -185,7 +197,7 @@ def _read_frame(frames: Any) -> ToEngine | None:
     return message
 
 
-def _obey(message: ToEngine, engine: Engine, outbox: _Outbox) -> None:
+def _obey(message: ToEngine, engine: Engine, outbox: Outbox) -> None:
     match message:
         case Submit(call, frames):
             outbox.put(_admit(call, frames, engine, outbox))
@@ -198,7 +210,7 @@ def _obey(message: ToEngine, engine: Engine, outbox: _Outbox) -> None:
                 outbox.put(Died("EngineStopped", str(error)))
 
 
-def _admit(call: int, frames: list[RequestFrame], engine: Engine, outbox: _Outbox) -> Admitted:
+def _admit(call: int, frames: list[RequestFrame], engine: Engine, outbox: Outbox) -> Admitted:
     admitted: list[str] = []
     try:
         for frame in frames:
@@ -219,23 +231,51 @@ def own_no_signals() -> None:
 
 
 def main() -> None:
-    """Runs the engine process; the file descriptor of its socket is the only argument."""
+    """Runs the engine process.
+
+    The arguments are its place in a cluster, if it has one, and the file descriptor of its socket.
+    """
     own_no_signals()
     # Whatever a native library prints must not mix with a command's standard output.
     os.dup2(2, 1)
-    sock = socket.socket(fileno=int(sys.argv[1]))
+    *place, descriptor = sys.argv[1:]
+    sock = socket.socket(fileno=int(descriptor))
+    if place:
+        _serve_member(sock, Place.from_text(place[0]))
+    else:
+        serve_ipc(sock, _make_engine)
+    sys.stderr.flush()
+    # Compiler and device threads may still be at work; none may hold up the end of the process.
+    os._exit(0)
+
+
+def _make_engine(config: EngineConfig, deliver: Deliver, report: Callable[[str], None]) -> Engine:
+    from jaxserve.engine.client import EngineThread
+
+    return EngineThread(config, deliver, report=report)
+
+
+def _serve_member(sock: socket.socket, place: Place) -> None:
+    """Serves the front of one process of a cluster, until either ends."""
+    outbox = Outbox(sock)
+    members: list[Member] = []
+
+    def on_end(reason: str | None) -> None:
+        outbox.put(Ended() if reason is None else Died("EngineStopped", reason))
+        outbox.close()
+        # A step whose collectives wait for a lost process cannot be joined.
+        os._exit(0 if reason is None else 1)
 
     def make_engine(
         config: EngineConfig, deliver: Deliver, report: Callable[[str], None]
     ) -> Engine:
-        from jaxserve.engine.client import EngineThread
+        members.append(Member(place, config, report, on_end))
+        return members[0].start(deliver)
 
-        return EngineThread(config, deliver, report=report)
-
-    serve_ipc(sock, make_engine)
-    sys.stderr.flush()
-    # Compiler and device threads may still be at work; none may hold up the end of the process.
-    os._exit(0)
+    # Without its front this process is lost to the others: no word, and they end, too.
+    serve_ipc(sock, make_engine, outbox=outbox, on_front_lost=lambda: os._exit(1))
+    if members:
+        members[0].end()
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from typing import Any
@@ -17,13 +17,16 @@ from jax.sharding import NamedSharding
 from jaxserve.engine.executables import ExecutableStore
 from jaxserve.engine.jax_compat import accept_packed_arguments
 from jaxserve.engine.packing import Packed, blob_layout, empty_blob, extras_layout, pack
+from jaxserve.engine.peers import Peers
 from jaxserve.engine.request import TokenLogprobs
 from jaxserve.engine.sequence import SpanResult, StepPlan
 from jaxserve.engine.step import RANK, DeviceState, StepSpec, make_step
 from jaxserve.errors import ConfigError
+from jaxserve.mesh import put
 from jaxserve.models.loading import AbstractModel
 
 Bucket = tuple[int, int]  # tokens, rows
+Publish = Callable[[Bucket, bytes, bytes | None], None]  # blob and extras, for other processes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,15 +55,17 @@ class Runner:
         spec: StepSpec,
         params: tuple[jax.Array, ...],
         state: DeviceState,
+        publish: Publish | None = None,  # called before each step is dispatched
     ) -> None:
         self._spec = spec
+        self._publish = publish
         self._params = params
         self._state = state
         self._programs: dict[Bucket, jax.stages.Compiled] = {}
         self._buckets: tuple[Bucket, ...] = ()
         self._by_rank = NamedSharding(spec.mesh, RANK)
         no_extras = np.zeros((spec.limits.num_ranks, extras_layout(spec.limits).size), np.int32)
-        self._no_extras = jax.device_put(no_extras, self._by_rank)
+        self._no_extras = put(no_extras, self._by_rank)
         self._no_grammar: dict[int, jax.Array] = {}  # by rows
         self.num_dispatches = 0
 
@@ -82,30 +87,45 @@ class Runner:
         """
         limits = self._spec.limits
         mask = np.zeros((limits.num_ranks * bucket[1], limits.mask_words), np.uint32)
-        self._no_grammar.setdefault(bucket[1], jax.device_put(mask, self._by_rank))
+        self._no_grammar.setdefault(bucket[1], put(mask, self._by_rank))
         self._programs[bucket] = program
         self._buckets = tuple(sorted(self._programs))
-        blob = empty_blob(limits, *bucket)
-        jax.block_until_ready(self._run(bucket, blob, self._no_extras))
+        jax.block_until_ready(self.run(bucket, empty_blob(limits, *bucket), None))
 
     def dispatch(self, plan: StepPlan) -> Pending:
         """Starts the plan's step, and returns without waiting for it."""
         packed = pack(plan, self._spec.limits, self._buckets)
-        extras = self._no_extras
-        if packed.extras is not None:
-            extras = jax.device_put(packed.extras, self._by_rank)
-        output = self._run((packed.num_tokens, packed.num_rows), packed.blob, extras)
+        bucket = packed.num_tokens, packed.num_rows
+        if self._publish is not None:
+            extras = None if packed.extras is None else packed.extras.tobytes()
+            self._publish(bucket, packed.blob.tobytes(), extras)
+        output = self.run(bucket, packed.blob, packed.extras)
         output.copy_to_host_async()
         self.num_dispatches += 1
         return Pending(plan=plan, packed=packed, output=output, dispatched_s=time.monotonic())
 
-    def _run(self, bucket: Bucket, blob: np.ndarray, extras: jax.Array) -> jax.Array:
+    def run_published(self, bucket: Bucket, blob: bytes, extras: bytes | None) -> jax.Array:
+        """Starts a step that another process's runner published."""
+        shape = (self._spec.limits.num_ranks, -1)
+        arrays = [
+            None if data is None else np.frombuffer(data, np.int32).reshape(shape)
+            for data in (blob, extras)
+        ]
+        assert arrays[0] is not None
+        return self.run(bucket, arrays[0], arrays[1])
+
+    def run(
+        self,
+        bucket: Bucket,
+        blob: np.ndarray,  # [ranks, blob_layout.size] i32
+        extras: np.ndarray | None,  # [ranks, extras_layout.size] i32
+    ) -> jax.Array:  # [ranks * rows, 3 + 2 * max_logprobs] i32
         """Calls a bucket's program; the only place that does."""
         self._state, output = self._programs[bucket](
             self._params,
             self._state,
-            jax.device_put(blob, self._by_rank),
-            extras,
+            put(blob, self._by_rank),
+            self._no_extras if extras is None else put(extras, self._by_rank),
             self._no_grammar[bucket[1]],
         )
         return output
@@ -188,15 +208,19 @@ def compile_programs(
     state: Any,  # DeviceState of ShapeDtypeStructs
     buckets: tuple[Bucket, ...],
     store: ExecutableStore | None,
+    peers: Peers | None = None,
 ) -> Iterator[tuple[Bucket, jax.stages.Compiled]]:
     """Yields the compiled step of every bucket as it is done, from the store where it has it.
 
-    Lowering and compiling run on threads.
+    Loading, lowering and compiling run on threads. Several processes take the same programs from
+    their stores, since compilers may measure together, and yield in the same order when all are
+    done: a program runs on all or on none.
     """
 
+    def load(bucket: Bucket) -> jax.stages.Compiled | None:
+        return None if store is None else store.load(bucket)
+
     def build(bucket: Bucket) -> jax.stages.Compiled:
-        if store is not None and (compiled := store.load(bucket)) is not None:
-            return compiled
         compiled = accept_packed_arguments(lower_step(model, spec, state, bucket).compile())
         if store is not None:
             # Without a place on disk the engine still runs; the next start compiles again.
@@ -205,12 +229,28 @@ def compile_programs(
         return compiled
 
     with ThreadPoolExecutor(max_workers=4, thread_name_prefix="compile") as pool:
-        futures = {pool.submit(build, bucket): bucket for bucket in buckets}
+        loaded = zip(buckets, pool.map(load, buckets), strict=True)
+        found = {bucket: program for bucket, program in loaded if program is not None}
+        if peers is not None:
+            everywhere = set[Bucket].intersection(
+                *({(one[0], one[1]) for one in theirs} for theirs in peers.exchange(list(found)))
+            )
+            found = {bucket: found[bucket] for bucket in found if bucket in everywhere}
+        else:
+            yield from found.items()
+        futures = {pool.submit(build, bucket): bucket for bucket in buckets if bucket not in found}
         try:
             for future in as_completed(futures):
-                yield futures[future], future.result()
+                if peers is None:
+                    yield futures[future], future.result()
+                else:
+                    found[futures[future]] = future.result()
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
+    if peers is not None:
+        peers.exchange("compiled")
+        for bucket in sorted(found):
+            yield bucket, found[bucket]
 
 
 def lower_step(

@@ -14,7 +14,7 @@ from jaxserve.config import EngineConfig
 from jaxserve.engine.packing import Limits
 from jaxserve.engine.request import MAX_EOS_TOKENS
 from jaxserve.errors import ConfigError, WeightError
-from jaxserve.mesh import num_parts
+from jaxserve.mesh import local_device, num_parts, num_processes
 from jaxserve.models.loading import AbstractModel
 from jaxserve.ops.attention import Choice, LayerShape, choose_backend
 from pallas_kernels.ragged_paged_attention import KVLayout
@@ -160,10 +160,10 @@ def num_pages_for(
     """Returns how many KV pages each rank gets; ConfigError, with the numbers, if a request
     won't fit.
 
-    A CPU gets 2 GiB, its devices together; a device that knows its memory gets what weights and
-    programs leave of it.
+    A CPU gets 2 GiB, the devices of a process together; a device that knows its memory gets what
+    weights and programs leave of it.
     """
-    device = mesh.devices.flat[0]
+    device = local_device(mesh)
     limits = settings.limits
     needed = limits.pages_per_sequence
     stats = device.memory_stats() or {}
@@ -176,7 +176,7 @@ def num_pages_for(
             usable = int(stats["bytes_limit"] * config.gpu_memory_utilization)
             available = usable - model_bytes - temporary_bytes
         else:
-            available = _CPU_KV_BYTES // mesh.size
+            available = _CPU_KV_BYTES * num_processes(mesh) // mesh.size
         # More than every slot at full length can never be used.
         num_pages = min(available // settings.page_bytes, needed * limits.num_slots)
     if num_pages < needed:

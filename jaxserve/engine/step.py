@@ -24,6 +24,7 @@ from jaxserve.engine.request import (
 )
 from jaxserve.mesh import AXES
 from jaxserve.models.loading import AbstractModel
+from jaxserve.ops.parallel import gather_along
 from jaxserve.ops.sampling import sample
 from jaxserve.ops.sampling_state import (
     SamplingRows,
@@ -43,7 +44,8 @@ Parts: TypeAlias = dict[str, jax.Array]
 
 # The step runs on every device of the mesh, on its own part of each array. Parts lie one behind
 # the other along the first axis: each rank's, the same on all devices that share the rank, or each
-# device's own.
+# device's own. What is whole is the same everywhere.
+WHOLE = PartitionSpec()
 RANK = PartitionSpec("data")
 DEVICE = PartitionSpec(AXES)
 
@@ -69,6 +71,7 @@ class StepSpec:
     limits: Limits
     max_logprobs: int
     attention: Backend
+    is_gathered: bool = False  # every device gets all ranks' output, as one process reads it
 
 
 def state_specs() -> DeviceState:
@@ -123,14 +126,17 @@ def make_step(spec: StepSpec, model: AbstractModel, bucket: tuple[int, int]) -> 
         grammar: jax.Array,
     ) -> tuple[DeviceState, jax.Array]:
         module = nnx.merge(model.graph, jax.tree.unflatten(model.tree, params))
-        return step(module, state, blob[0], extras[0], grammar, spec=spec, bucket=bucket)
+        state, report = step(module, state, blob[0], extras[0], grammar, spec=spec, bucket=bucket)
+        if spec.is_gathered:
+            report = gather_along(report, "rank").reshape(-1, report.shape[1])
+        return state, report
 
     param_specs = tuple(shape.sharding.spec for shape in model.shapes)
     on_mesh = jax.shard_map(
         bound,
         mesh=spec.mesh,
         in_specs=(param_specs, state_specs(), RANK, RANK, RANK),
-        out_specs=(state_specs(), RANK),
+        out_specs=(state_specs(), WHOLE if spec.is_gathered else RANK),
         check_vma=False,  # what is gathered is the same on all devices, which it cannot know
     )
     return jax.jit(on_mesh, donate_argnums=1)

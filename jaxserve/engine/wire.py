@@ -101,8 +101,12 @@ class Died(msgspec.Struct, array_like=True, tag=True):
     message: str
 
 
+class Ended(msgspec.Struct, array_like=True, tag=True):
+    """The engine has ended in order, as process 0 of its cluster asked; the process ends."""
+
+
 ToEngine = Start | Submit | Abort | AskStats | Close
-ToFront = Progress | Ready | Admitted | Updates | Stats | Died
+ToFront = Progress | Ready | Admitted | Updates | Stats | Died | Ended
 
 _encoder = msgspec.msgpack.Encoder()
 engine_decoder = msgspec.msgpack.Decoder(ToEngine)

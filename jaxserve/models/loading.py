@@ -15,7 +15,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from jaxserve.errors import WeightError
-from jaxserve.mesh import num_parts, sharding_for
+from jaxserve.mesh import num_parts, put, sharding_for
 from jaxserve.models.checkpoint import Checkpoint, QuantizedCheckpoint, WeightFormat
 from jaxserve.models.checkpoint.kv_scales import KV_SCALE_NAMES
 from jaxserve.models.quantizing import (
@@ -210,7 +210,7 @@ def dummy_params(model: AbstractModel, seed: int) -> tuple[jax.Array, ...]:
         is_norm = parameter.name.endswith("norm.weight")
         scale = 0.02 if len(dense.shape) > 1 else 0.0
         values = random.standard_normal(dense.shape, np.float32) * scale + float(is_norm)
-        return [jax.device_put(values.astype(dense.dtype), dense.sharding)]
+        return [put(values.astype(dense.dtype), dense.sharding)]
 
     return tuple(array for parameter in model.parameters for array in make(parameter))
 

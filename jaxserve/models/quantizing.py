@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxserve.errors import WeightError
-from jaxserve.mesh import num_parts, sharding_for
+from jaxserve.mesh import num_parts, put, sharding_for
 from jaxserve.models.checkpoint import WeightFormat
 from jaxserve.models.checkpoint.contract import StoredWeight
 from jaxserve.ops.quantization import (
@@ -184,8 +184,8 @@ def dummy_arrays(
     if weight.order is not None:
         arrays["order"] = random.permutation(weight.order.shape[0]).astype(np.int32)
     if weight.input_scale is not None:
-        arrays["input_scale"] = np.float32(8 / largest(dtype))
-    return [jax.device_put(array, getattr(weight, name).sharding) for name, array in arrays.items()]
+        arrays["input_scale"] = np.array(8 / largest(dtype), np.float32)
+    return [put(array, getattr(weight, name).sharding) for name, array in arrays.items()]
 
 
 def num_bytes(shape: jax.ShapeDtypeStruct) -> int:

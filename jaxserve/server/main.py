@@ -17,9 +17,11 @@ from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 from jaxserve.config import EngineConfig, ServerConfig
+from jaxserve.engine.cluster import place_of
 from jaxserve.engine.ipc import ENGINE_COMMAND, IpcClient
 from jaxserve.errors import JaxserveError
 from jaxserve.server.app import build_app
+from jaxserve.server.follower import follow
 from jaxserve.server.http import HttpServer, address_of, bind, http_server
 from jaxserve.server.model_text import find_model, load_text
 from jaxserve.server.state import ServerState
@@ -47,6 +49,10 @@ def run(
     logging.basicConfig(
         level=server_config.log_level.upper(), format="%(asctime)s %(levelname)s %(message)s"
     )
+    if (place := place_of(server_config, os.environ)) is not None:
+        engine_command = (*engine_command, place.to_text())
+        if place.process_id:
+            return follow(engine_config, server_config, place, engine_command)
     sock = bind(server_config.host, server_config.port)
     served = server_config.served_model_name or (engine_config.model,)
     state = ServerState(config=server_config, model_names=served, root=engine_config.model)
