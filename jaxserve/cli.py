@@ -28,6 +28,7 @@ from jaxserve.options import (
     ChatOptions,
     GenerateOptions,
     LatencyBenchOptions,
+    PlanOptions,
     ServeBenchOptions,
     ThroughputBenchOptions,
 )
@@ -97,6 +98,9 @@ def build_parser() -> Parser:
     )
     _add_command(
         benches, "latency", "time of one batch, offline", _bench_latency, LatencyBenchOptions
+    )
+    _add_command(
+        commands, "plan", "say what a model takes on devices that are not here", _plan, PlanOptions
     )
     doctor = commands.add_parser("doctor", help="report versions, devices and caches")
     doctor.set_defaults(command=_doctor, parser=doctor, flags=("--help",))
@@ -359,6 +363,14 @@ def _bench_latency(args: argparse.Namespace) -> int:
     from jaxserve.bench.offline import run_latency_bench
 
     return run_latency_bench(engine_config, options)
+
+
+def _plan(args: argparse.Namespace) -> int:
+    options = _options(args, PlanOptions)
+    engine_config = _engine_config(args)
+    from jaxserve.planning.report import run_plan
+
+    return run_plan(engine_config, options)
 
 
 def _doctor(args: argparse.Namespace) -> int:

@@ -5,7 +5,9 @@ Its devices need not be there: a compiler and their description are enough to co
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -42,6 +44,15 @@ class AbstractEngine:
         """The (tokens, rows) of every program, of one rank."""
         limits = self.settings.limits
         return buckets_for(limits.max_step_tokens, limits.num_slots, self.settings.min_rows)
+
+    @property
+    def slot_bytes(self) -> int:
+        """The bytes that stay on each device between steps, pages aside."""
+        state = dataclasses.replace(self.state(1), cache=())
+        return sum(
+            math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+            for leaf in jax.tree.leaves(state)
+        )
 
     def init_state(
         self,

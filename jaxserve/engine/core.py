@@ -202,8 +202,9 @@ def _load(config: EngineConfig, report: Report) -> _Loaded:
 
 def _num_pages(config: EngineConfig, engine: AbstractEngine) -> int:
     """Returns how many pages of each rank fit beside weights and the largest program's rest."""
+    memory_bytes = (engine.device.memory_stats() or {}).get("bytes_limit")
     temporary_bytes = 0
-    if "bytes_limit" in (engine.device.memory_stats() or {}):
+    if memory_bytes is not None:
         limits = engine.settings.limits
         lowered = engine.lower(engine.buckets[-1], limits.pages_per_sequence)
         analysis = lowered.compile().memory_analysis()
@@ -212,8 +213,9 @@ def _num_pages(config: EngineConfig, engine: AbstractEngine) -> int:
     return num_pages_for(
         config,
         engine.settings,
-        mesh=engine.mesh,
-        model_bytes=engine.model.device_bytes,
+        num_devices=engine.mesh.size,
+        memory_bytes=memory_bytes,
+        model_bytes=engine.model.device_bytes + engine.slot_bytes,
         temporary_bytes=temporary_bytes,
     )
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from jaxserve.models.checkpoint.contract import Checkpoint, TokenizerFiles, WeightFormat
 from jaxserve.models.checkpoint.gguf import GgufCheckpoint
 from jaxserve.models.checkpoint.gguf_tokenizer import gguf_tokenizer_files
-from jaxserve.models.checkpoint.hub import resolve
+from jaxserve.models.checkpoint.hub import resolve, resolve_config
 from jaxserve.models.checkpoint.quantized import QuantizedCheckpoint
 from jaxserve.models.checkpoint.safetensors import SafetensorsCheckpoint
 from jaxserve.models.checkpoint.tokenizer_folder import folder_tokenizer_files
@@ -22,6 +22,7 @@ __all__ = [
     "WeightFormat",
     "open_checkpoint",
     "resolve",
+    "resolve_config",
     "tokenizer_files",
 ]
 
