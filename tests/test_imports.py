@@ -28,10 +28,11 @@ LAYERS = (
     ("jaxserve.address", "jaxserve.options"),
     ("jaxserve.bench", "jaxserve.complete", "jaxserve.doctor", "jaxserve.repl"),
     ("jaxserve.cli",),
-    ("jaxserve.__main__",),
+    ("jaxserve.__main__", "jaxserve.asgi"),
 )
 HOST_MODULES = (
     "jaxserve",
+    "jaxserve.asgi",
     "jaxserve.errors",
     "jaxserve.config",
     "jaxserve.cli",
