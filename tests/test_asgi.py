@@ -50,7 +50,8 @@ def test_what_the_host_decides_is_refused(flag):
 @pytest.mark.slow
 def test_uvicorn_serves_a_model_from_the_factory_and_ends_its_engine(tmp_path):
     model = write_llama_folder(tmp_path / "model")
-    path = write_config(tmp_path, f'[engine]\nmodel = "{model}"\nmax_model_len = 64\n')
+    sizes = "max_model_len = 64\nmax_num_seqs = 1\nmax_num_batched_tokens = 16\n"
+    path = write_config(tmp_path, f'[engine]\nmodel = "{model}"\n{sizes}')
     command = [sys.executable, "-m", "uvicorn", "--factory", "jaxserve.asgi:create_app"]
     with running(
         [*command, "--port", "0"],

@@ -29,10 +29,12 @@ LAYERS = (
     ("jaxserve.bench", "jaxserve.complete", "jaxserve.doctor", "jaxserve.repl"),
     ("jaxserve.cli",),
     ("jaxserve.__main__", "jaxserve.asgi"),
+    ("jaxserve.ray_serve",),
 )
 HOST_MODULES = (
     "jaxserve",
     "jaxserve.asgi",
+    "jaxserve.ray_serve",
     "jaxserve.errors",
     "jaxserve.config",
     "jaxserve.cli",

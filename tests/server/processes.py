@@ -20,13 +20,13 @@ ROOT = Path(__file__).parents[2]
 class ServerProcess:
     """A running `jaxserve serve`, its log, and its address once it listens."""
 
-    def __init__(self, process: subprocess.Popen[str], listening: str) -> None:
+    def __init__(self, process: subprocess.Popen[str], listening: str, timeout_s: float) -> None:
         self.process = process
         self.log: list[str] = []
         self._lines: queue.SimpleQueue[str] = queue.SimpleQueue()
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
-        self.url = self.wait_for_line(listening, 30)
+        self.url = self.wait_for_line(listening, timeout_s)
 
     def wait_for_line(self, pattern: str, timeout_s: float) -> str:
         """Returns the first group of the log line that matches."""
@@ -59,6 +59,7 @@ def running(
     command: Sequence[str],
     *,
     listening: str = r"listening on (http://\S+)",
+    listen_timeout_s: float = 30.0,
     env: Mapping[str, str] | None = None,  # over this process's own
 ) -> Iterator[ServerProcess]:
     """Starts a server and kills it at the end, should it still run."""
@@ -70,7 +71,7 @@ def running(
         cwd=ROOT,
     )
     try:
-        yield ServerProcess(process, listening)
+        yield ServerProcess(process, listening, listen_timeout_s)
     finally:
         process.kill()
         process.wait()
