@@ -7,6 +7,7 @@ import re
 import shutil
 import signal
 import socket
+import subprocess
 import sys
 import tempfile
 import threading
@@ -59,6 +60,52 @@ def test_options_become_reservations_and_scaling():
         "max_replicas": 4,
         "target_ongoing_requests": 10.0,
     }
+
+
+# A replica without Ray: its lifespan, its health, and what it does when the engine ends.
+HOSTED = """
+import asyncio, sys
+from jaxserve import ray_serve
+from jaxserve.config import EngineConfig, ServerConfig
+from jaxserve.server import build_app
+from tests.server.serving import echo_command
+
+class Hosted(ray_serve.Replica):
+    app = build_app(EngineConfig(model=sys.argv[1]), ServerConfig(), engine_command=echo_command())
+
+async def live():
+    async with Hosted.app.router.lifespan_context(Hosted.app):
+        replica = Hosted()
+        await replica.check_health()
+        print("healthy", flush=True)
+        if sys.argv[2] == "kill":
+            Hosted.app.state.server.engine.kill()
+            await asyncio.sleep(30)
+        await replica.check_health()
+
+ray_serve.DEAD_GRACE_S = 0.01
+asyncio.run(live())
+"""
+
+
+def host(model, then):
+    """Returns the exit status of a replica's process and what it printed."""
+    done = subprocess.run(
+        [sys.executable, "-c", HOSTED, str(model), then], capture_output=True, text=True, timeout=60
+    )
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_a_replica_ends_with_its_engine_and_not_before(tmp_path):
+    model = write_llama_folder(tmp_path / "model")
+    assert host(model, "end")[:2] == (0, "healthy\n")
+    assert host(model, "kill")[:2] == (1, "healthy\n")
+
+
+def test_a_replica_that_cannot_load_says_why(tmp_path):
+    status, out, log = host(tmp_path / "nothing", "end")
+    assert (status, out) == (1, "")
+    assert "NotReady" in log and str(tmp_path / "nothing") in log
 
 
 class Stream:
