@@ -60,8 +60,7 @@ def application(args: dict[str, Any]) -> Application:
     def build() -> Starlette:
         return _build_app(engine_config, server_config)
 
-    deployment = serve.deployment(
-        serve.ingress(build)(Replica),
+    deploy = serve.deployment(
         name="jaxserve",
         max_ongoing_requests=options.max_ongoing_requests,
         ray_actor_options=actor_options(options),
@@ -71,7 +70,7 @@ def application(args: dict[str, Any]) -> Application:
         graceful_shutdown_timeout_s=server_config.shutdown_timeout + 2 * EXIT_GRACE_S,
         **scaling(options),
     )
-    bound: Application = deployment.bind()
+    bound: Application = deploy(serve.ingress(build)(Replica)).bind()
     return bound
 
 
