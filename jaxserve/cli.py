@@ -49,12 +49,9 @@ class Parser(argparse.ArgumentParser):
 
 def run(argv: Sequence[str]) -> int:
     """Runs the command that `argv` names and returns the exit status."""
-    parser = build_parser()
-    args, unknown = parser.parse_known_args(_with_dashes(argv))
-    if unknown:
-        _fail(args, _unknown_message(unknown, args.flags))
+    args = _parse(argv)
     if args.command is None:
-        parser.print_help()
+        args.parser.print_help()
         return 2
     try:
         return int(args.command(args))
@@ -63,6 +60,21 @@ def run(argv: Sequence[str]) -> int:
         return 1
     except KeyboardInterrupt:
         return 130
+
+
+def serve_configs(argv: Sequence[str]) -> tuple[EngineConfig, ServerConfig]:
+    """Returns what `jaxserve serve` would run with these arguments, for another host to run.
+
+    Exits with status 2 for a flag that `serve` would not take; raises `ConfigError` for a value.
+    """
+    return _configs(_parse(["serve", *argv]))
+
+
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
+    args, unknown = build_parser().parse_known_args(_with_dashes(argv))
+    if unknown:
+        _fail(args, _unknown_message(unknown, args.flags))
+    return args
 
 
 def build_parser() -> Parser:
