@@ -275,7 +275,7 @@ def _initial_state(loaded: _Loaded, num_pages: int) -> DeviceState:
         functools.partial(engine.init_state, num_pages),
         mesh=engine.mesh,
         in_specs=(),
-        out_specs=state_specs(),
+        out_specs=state_specs(engine.mesh),
     )
     state: DeviceState = jax.jit(on_mesh)()
     if loaded.kv_scales is None:

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxserve.mesh import MESH_AXES_OF
+from jaxserve.mesh import mesh_axes_of
 
 
 def parts_along(axis: str) -> int:
@@ -54,6 +54,7 @@ def gather_along(
 def _names(axis: str) -> tuple[str, ...]:
     """Returns the mesh axes that split a logical axis here."""
     mesh = jax.sharding.get_abstract_mesh()
-    return tuple(
-        name for name in MESH_AXES_OF[axis] if name in mesh.manual_axes and mesh.shape[name] > 1
-    )
+    if not mesh.manual_axes:
+        return ()
+    names = mesh_axes_of(axis, mesh.axis_names)
+    return tuple(name for name in names if mesh.shape[name] > 1)

@@ -176,7 +176,7 @@ def _bound(
     pairs: float,  # of a query and a key
 ) -> Bound:
     engine, target = plan.engine, plan.target
-    model, settings, parts = engine.model, engine.settings, engine.shape.tensor
+    model, settings, parts = engine.model, engine.settings, engine.shape.rank_devices
     config = model.config
     embedding = model.vocab_size * config.hidden_size // parts  # and head, as large
     matrices = sum(
@@ -249,7 +249,7 @@ def _estimated_temporaries(engine: AbstractEngine) -> int:
     """Returns about what the largest step needs: two layers' activations, three of logits."""
     config, settings = engine.model.config, engine.settings
     tokens, rows = engine.buckets[-1]
-    parts = engine.shape.tensor
+    parts = engine.shape.rank_devices
     widths = 4 * config.hidden_size + 3 * config.ffw_size // parts
     widths += 4 * config.num_heads * config.head_dim // parts
     activations = tokens * widths * engine.dtypes.activations.itemsize
