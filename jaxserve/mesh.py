@@ -17,6 +17,9 @@ MESH_AXIS_OF: dict[str, str | None] = {
     "heads": "tensor",
     "kv_heads": "tensor",
     "ffw": "tensor",
+    "experts": None,
+    "expert_ffw": "tensor",
+    "router": None,
     "hidden": None,
 }
 
