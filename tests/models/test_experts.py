@@ -1,13 +1,18 @@
 """Qwen3-MoE and Mixtral against numpy, and against Hugging Face transformers in float32."""
 
+import jax
 import numpy as np
 import pytest
 
 from jaxserve.errors import WeightError
+from jaxserve.mesh import mesh_for
 from jaxserve.models.checkpoint import open_checkpoint
+from jaxserve.models.loading import abstract_model, dummy_params, load_params
 from jaxserve.models.mixtral import MixtralConfig
 from jaxserve.models.qwen3_moe import Qwen3MoeConfig
+from jaxserve.ops.quantization import QuantizedWeight, dequantize
 from tests.checkpoints import folder_tensors, write_shards
+from tests.dense_families import DenseFamily
 from tests.families import CONFIGS, write_family_folder, write_family_gguf
 from tests.models.family_checks import (
     PROMPTS,
@@ -16,7 +21,8 @@ from tests.models.family_checks import (
     assert_transformers_logits,
     assert_transformers_tokens,
 )
-from tests.models.forward import logits_of
+from tests.models.forward import FLOAT32, logits_of
+from tests.models.oracle import assert_close
 
 READERS = {"qwen3_moe": Qwen3MoeConfig, "mixtral": MixtralConfig}
 VARIANTS = {
@@ -136,6 +142,60 @@ def test_experts_that_do_not_make_a_stack_are_refused(tmp_path, change, message)
     write_shards(folder, tensors, 1)
     with pytest.raises(WeightError, match=message):
         logits_of(folder, PROMPTS[0], chunks=(40,))
+
+
+def values_of(folder, quantization):
+    """Returns the parameters by name, quantised ones as such."""
+    with open_checkpoint(folder) as checkpoint:
+        model = abstract_model(
+            checkpoint.config,
+            mesh_for("1"),
+            dtype=FLOAT32,
+            activation_dtype=FLOAT32,
+            quantization=quantization,
+        )
+        leaves = iter(load_params(model, checkpoint, lambda done, total: None))
+        names = checkpoint.names
+    values = {
+        parameter.name: jax.tree.map(lambda _: next(leaves), parameter.value)
+        for parameter in model.parameters
+    }
+    assert set(values) == set(names)
+    dummies = dummy_params(model, 0)
+    assert [(array.shape, array.dtype) for array in dummies] == [
+        (shape.shape, shape.dtype) for shape in model.shapes
+    ]
+    return values
+
+
+@pytest.mark.parametrize("quantization", ["int8", "int4", "fp8"])
+def test_experts_are_quantised_as_other_matrices_are_and_routers_are_not(tmp_path, quantization):
+    folder = folder_of(tmp_path / "a", "qwen3-moe every other layer", moe_intermediate_size=64)
+    tensors, values = folder_tensors(folder), values_of(folder, quantization)
+    bound = {"int8": 0.01, "int4": 0.15, "fp8": 0.05}[quantization]
+    for name, value in values.items():
+        if isinstance(value, QuantizedWeight):
+            assert "proj" in name
+            stacks = ".experts." in name
+            dense = np.asarray((jax.vmap(dequantize) if stacks else dequantize)(value))
+            for number, matrix in enumerate(dense if stacks else dense[None]):
+                stored = name.replace(".experts.", f".experts.{number}.")
+                error = np.linalg.norm(matrix - tensors[stored]) / np.linalg.norm(tensors[stored])
+                assert 1e-4 < error < bound, stored
+                tensors[stored] = matrix
+        else:
+            assert "proj" not in name
+            np.testing.assert_array_equal(value, tensors[name])
+    twin = folder_of(tmp_path / "b", "qwen3-moe every other layer", moe_intermediate_size=64)
+    write_shards(twin, tensors, 1)
+    actual = logits_of(folder, PROMPTS[2], chunks=(5, 1), quantization=quantization)
+    assert_close(actual, DenseFamily(twin).logits(PROMPTS[2]))
+
+
+def test_experts_that_are_stored_quantised_are_refused(tmp_path):
+    folder = folder_of(tmp_path, "mixtral", quantization_config={"quant_method": "fp8"})
+    with pytest.raises(WeightError, match="experts that are stored quantised .* are not supported"):
+        open_checkpoint(folder)
 
 
 @pytest.mark.parametrize(
