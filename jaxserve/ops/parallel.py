@@ -31,10 +31,10 @@ def index_along(axis: str) -> jax.Array:  # [] i32
 
 def sum_over(
     x: jax.Array,  # of any shape, each device's share
-    axis: str,
+    *axes: str,
 ) -> jax.Array:  # of the same shape
-    """Returns the sum of the shares that a product along a split axis leaves on each device."""
-    names = _names(axis)
+    """Returns the sum of the shares that products along split axes leave on each device."""
+    names = tuple(name for axis in axes for name in _names(axis))
     return lax.psum(x, names) if names else x
 
 
