@@ -13,11 +13,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import jax
+
 from jaxserve.config import EngineConfig
 from jaxserve.engine.abstract import AbstractEngine, abstract_engine
 from jaxserve.engine.settings import num_pages_for
 from jaxserve.errors import ConfigError, WeightError
 from jaxserve.mesh import parse_mesh
+from jaxserve.models.loading import AbstractModel
+from jaxserve.models.quantizing import num_bytes
 from jaxserve.planning.collectives import Collective, collectives_of
 from jaxserve.planning.targets import TARGETS, Target, compiler_options, devices_of
 
@@ -179,24 +183,40 @@ def _bound(
     model, settings, parts = engine.model, engine.settings, engine.shape.rank_devices
     config = model.config
     embedding = model.vocab_size * config.hidden_size // parts  # and head, as large
-    matrices = sum(
-        math.prod(parameter.dense.sharding.shard_shape(parameter.dense.shape))
-        for parameter in model.parameters
-        if len(parameter.dense.shape) == 2
-    )
-    layers = matrices - embedding * (1 if model.is_tied else 2)
+    layers = _device_size(model, 2) - embedding * (1 if model.is_tied else 2)
+    experts = _device_size(model, 3)
+    share = config.experts_per_token / config.num_experts if experts else 1.0  # of a token
     pair_products = 2 * config.head_dim * config.num_heads // parts * settings.num_layers
-    flops = 2 * (layers * tokens + embedding * rows + pair_products * pairs)
-    # An embedding that is not the head is read row by row.
+    products = (layers + experts * share) * tokens + embedding * rows + pair_products * pairs
+    # An embedding that is not the head is read row by row, and experts when a token wants them.
     rest = 0 if model.is_tied else embedding * engine.dtypes.weights.itemsize
+    rest += _expert_bytes(model) * (1 - share) ** tokens
     read = model.device_bytes - rest + cached * settings.page_bytes / settings.limits.page_size
     sums = (2 * settings.num_layers + 1) * tokens * config.hidden_size
     sent = 2 * (parts - 1) / parts * sums * engine.dtypes.activations.itemsize
     is_8bit = model.quantization in ("int8", "float8_e4m3fn")
     return Bound(
         memory=read / target.memory_rate,
-        compute=flops / (target.flops_8bit if is_8bit else target.flops),
+        compute=2 * products / (target.flops_8bit if is_8bit else target.flops),
         links=sent / target.link_rate,
+    )
+
+
+def _device_size(model: AbstractModel, num_dims: int) -> int:
+    """Returns the weights of matrices (2) or stacks of experts' (3) on each device."""
+    return sum(
+        math.prod(parameter.dense.sharding.shard_shape(parameter.dense.shape))
+        for parameter in model.parameters
+        if len(parameter.dense.shape) == num_dims
+    )
+
+
+def _expert_bytes(model: AbstractModel) -> int:
+    return sum(
+        num_bytes(leaf)
+        for parameter in model.parameters
+        if len(parameter.dense.shape) == 3
+        for leaf in jax.tree.leaves(parameter.value)
     )
 
 
