@@ -21,7 +21,13 @@ HloModule jit_bound
   %all-gather.3 = f32[32]{0} all-gather(%x), channel_id=2, replica_groups={{0,1,2,3},{4,5,6,7}}
 }
 
+%called.4 (parameter: bf16[256,4096]) -> bf16[256,4096] {
+  ROOT %psum.0 = bf16[256,4096]{1,0} all-reduce(%p), replica_groups={{0,1},{2,3}}, to_apply=%r
+}
+
 ENTRY %main (param: bf16[8,16]) -> bf16[8,16] {
+  %chosen = f32[32]{0} conditional(%p, %q, %q), branch_computations={%branch.1, %branch.1}
+  %begun = ((bf16[256,4096]{1,0}), bf16[256,4096]{1,0}) call-start(%z), to_apply=%called.4
   %psum.1 = bf16[256,4096]{1,0:T(8,128)} all-reduce(%a), replica_groups={{0,1},{2,3}}, to_apply=%r
   %psum.2 = bf16[256,4096]{1,0} all-reduce(%b), replica_groups=[4,2]<=[8], to_apply=%r
   %start = (f32[8]{0}, f32[32]{0}) all-gather-start(%c), replica_groups={{0,1,2,3}}, dimensions={0}
@@ -34,7 +40,7 @@ def test_collectives_are_read_from_hlo():
     assert collectives_of(HLO) == Counter(
         {
             Collective("all-gather", 128, 4, False): 1,
-            Collective("all-reduce", 256 * 4096 * 2, 2, True): 2,
+            Collective("all-reduce", 256 * 4096 * 2, 2, True): 3,
             Collective("all-gather", 128, 4, True): 1,
         }
     )

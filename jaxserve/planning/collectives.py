@@ -12,6 +12,9 @@ _OPERATION = re.compile(
     r"= (.*?) (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(?:-start)?\("
 )
 _ARRAY = re.compile(r"([a-z]+)(\d+)\w*\[([\d,]*)\]")
+_OPENED = re.compile(r"(ENTRY )?%?([\w.-]+) \(.*\{$")
+# Conds name branch_computations, loops body and condition.
+_CALLED = re.compile(r"(?:calls|to_apply)=%?([\w.-]+)")
 _GROUP = re.compile(r"replica_groups=(?:\{\{([\d,]+)\}|\[(\d+),(\d+)\])")
 
 
@@ -34,21 +37,48 @@ def collectives_of(
     text: str,  # of compiled HLO
 ) -> Counter[Collective]:
     """Returns how often a program holds each exchange."""
-    return Counter(_collectives(text))
+    computations, entry = _computations(text)
+    always = _called(computations, entry)
+    return Counter(
+        collective
+        for name, lines in computations.items()
+        for collective in _collectives(lines, name in always)
+    )
 
 
-def _collectives(text: str) -> Iterator[Collective]:
-    is_entry = False
+def _computations(text: str) -> tuple[dict[str, list[str]], str]:
+    """Returns the lines of each computation, and the name of the one that a program begins in."""
+    computations: dict[str, list[str]] = {}
+    entry, lines = "", []
     for line in text.splitlines():
-        if line and not line[0].isspace():  # a computation opens or closes
-            is_entry = line.startswith("ENTRY")
+        if opened := _OPENED.match(line):
+            lines = computations.setdefault(opened[2], [])
+            entry = opened[2] if opened[1] else entry
+        lines.append(line)
+    return computations, entry
+
+
+def _called(computations: dict[str, list[str]], entry: str) -> set[str]:
+    """Returns the computations that every run passes: those of no cond and no loop."""
+    found: set[str] = set()
+    waiting = [entry]
+    while waiting:
+        name = waiting.pop()
+        if name in computations and name not in found:
+            found.add(name)
+            waiting += [called for line in computations[name] for called in _CALLED.findall(line)]
+    return found
+
+
+def _collectives(lines: list[str], is_always: bool) -> Iterator[Collective]:
+    for line in lines:
         if (found := _OPERATION.search(line)) is None:
             continue
         sizes = [
             int(bits) // 8 * math.prod(int(size) for size in shape.split(",") if size)
             for _, bits, shape in _ARRAY.findall(found[1])
         ]
-        yield Collective(found[2], max(sizes), _group_size(line), is_entry)
+        yield Collective(found[2], max(sizes), _group_size(line), is_always)
 
 
 def _group_size(line: str) -> int:
