@@ -65,7 +65,7 @@ def plan_lines(plan: Plan) -> Iterator[str]:
     if (warning := engine.settings.attention.warning) is not None:
         yield f"warning: {warning}"
     yield ""
-    yield f"{'on each device':32} {'GiB':>8}"
+    yield f"{'on each device':37} {'GiB':>8}"
     for name, size in (
         ("weights", memory.weights),
         (f"KV cache, {plan.num_pages} pages of {limits.page_size} tokens", memory.cache),
@@ -74,7 +74,7 @@ def plan_lines(plan: Plan) -> Iterator[str]:
         ("needed", memory.total),
         ("there", memory.limit),
     ):
-        yield f"  {name:30} {size / _GIB:8.2f}"
+        yield f"  {name:35} {size / _GIB:8.2f}"
     if plan.refusal is None:
         yield from _capacity_lines(plan)
         yield from _collective_lines(plan)
