@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -15,26 +16,37 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxserve.errors import ConfigError
 
-# `--mesh` speaks of data and tensor. Where tensor is more than there are KV heads, `copy` counts
-# the devices that hold the same ones; tensor and copy together are then what tensor asked for.
-AXES = ("data", "tensor", "copy")
-_TENSOR = ("tensor", "copy")
+# The axes of every mesh, but for the order: `data` comes first, and the others split the devices
+# of a rank. KV heads are split along the axes up to `tensor`, experts along those up to `expert`:
+# whichever are fewer come first, and either may be held by several devices.
+AXES = ("data", "expert", "tensor", "copy")
 
-# A matrix is split along what its product is split along: heads and ffw are independent until the
-# output projection, vocab until sampling. hidden is what layers exchange: whole on every device.
-# Slots, pages and tokens of a step belong to a rank, which computes them alone.
-MESH_AXES_OF: dict[str, tuple[str, ...]] = {
-    "rank": ("data",),
-    "vocab": _TENSOR,
-    "heads": _TENSOR,
-    "kv_heads": ("tensor",),
-    "ffw": _TENSOR,
-    "hidden": (),
+# A matrix is split along what its product is split along: heads, ffw and experts are independent
+# until their outputs are summed, vocab until sampling. hidden is what layers exchange: whole on
+# every device, as routers are. Slots, pages and tokens belong to a rank, which computes them alone.
+_RULES: dict[str, Callable[[tuple[str, ...]], tuple[str, ...]]] = {
+    "rank": lambda axes: ("data",),
+    "vocab": lambda axes: axes,
+    "heads": lambda axes: axes,
+    "kv_heads": lambda axes: axes[: axes.index("tensor") + 1],
+    "ffw": lambda axes: axes,
+    "experts": lambda axes: axes[: axes.index("expert") + 1],
+    "expert_ffw": lambda axes: axes[axes.index("expert") + 1 :],
+    "router": lambda axes: (),
+    "hidden": lambda axes: (),
 }
 
 
+def mesh_axes_of(
+    axis: str,  # logical
+    names: Sequence[str],  # of a mesh's axes, in order
+) -> tuple[str, ...]:
+    """Returns the axes of a mesh that split a logical axis: the one table of it."""
+    return _RULES[axis](tuple(name for name in names if name != "data"))
+
+
 class Widths(Protocol):
-    """What must divide: the sizes in a model's config."""
+    """What must divide: the sizes in a model's config, and its experts' where it has any."""
 
     @property
     def num_heads(self) -> int: ...
@@ -51,33 +63,45 @@ class MeshShape:
     """What `--mesh` asks for."""
 
     data: int = 1  # ranks, each with sequences and pages of its own
-    tensor: int = 1  # devices that share each rank's heads, ffw and vocabulary
+    expert: int = 1  # groups of a rank's devices, each with experts of its own
+    tensor: int = 1  # devices of such a group
 
     def __str__(self) -> str:
-        return f"{self.data}x{self.tensor}"
+        sizes = (self.data, self.tensor) if self.expert == 1 else dataclasses.astuple(self)
+        return "x".join(map(str, sizes))
+
+    @property
+    def rank_devices(self) -> int:
+        """The devices that share each rank's heads, feed-forward and vocabulary."""
+        return self.expert * self.tensor
 
     @property
     def num_devices(self) -> int:
         """The devices it takes."""
-        return self.data * self.tensor
+        return self.data * self.rank_devices
 
 
 def parse_mesh(description: str) -> MeshShape:
-    """Returns what `2x4` (data x tensor), `data=2,tensor=4` or `4` (tensor) describe.
+    """Returns what `2x4`, `2x2x2`, `data=2,tensor=4` or `4` describe.
 
-    Raises ConfigError for anything else.
+    Two numbers are data and tensor, three are data, expert and tensor, one is tensor. Raises
+    ConfigError for anything else.
     """
     text = description.replace(" ", "")
-    if match := re.fullmatch(r"(?:(\d+)x)?(\d+)", text):
-        sizes = {"data": int(match[1] or 1), "tensor": int(match[2])}
+    if match := re.fullmatch(r"(?:(\d+)x)?(?:(\d+)x)?(\d+)", text):
+        data, expert, tensor = (int(size or 1) for size in match.groups())
+        sizes = {"data": data, "expert": expert, "tensor": tensor}
     elif re.fullmatch(r"[a-z]+=\d+(,[a-z]+=\d+)*", text):
         pairs = [part.split("=") for part in text.split(",")]
         sizes = {name: int(size) for name, size in pairs}
-        if len(sizes) < len(pairs) or not sizes.keys() <= {"data", "tensor"}:
-            raise ConfigError(f"mesh {description!r} must name data and tensor, each at most once")
+        if len(sizes) < len(pairs) or not sizes.keys() <= {"data", "expert", "tensor"}:
+            raise ConfigError(
+                f"mesh {description!r} must name data, expert and tensor, each at most once"
+            )
     else:
         raise ConfigError(
-            f"mesh {description!r} is not understood; write 2x4 (data x tensor) or data=2,tensor=4"
+            f"mesh {description!r} is not understood; write 2x4 (data x tensor), 2x2x2 (data x "
+            "expert x tensor) or data=2,tensor=4"
         )
     if 0 in sizes.values():
         raise ConfigError(f"mesh {description!r} has a size of 0; every size is at least 1")
@@ -96,15 +120,18 @@ def mesh_for(
     devices = jax.devices() if devices is None else devices
     _check_devices(shape, devices)
     _check_widths(shape, widths)
-    tensor = min(shape.tensor, widths.num_kv_heads)
-    sizes = (shape.data, tensor, shape.tensor // tensor)
     if shape.num_devices == 1:
         return mesh_of_one(devices[0])
+    kv_parts = min(shape.rank_devices, widths.num_kv_heads)
+    first, second = sorted((shape.expert, kv_parts))
+    names = ("expert", "tensor") if first == shape.expert else ("tensor", "expert")
     # On a TPU neighbours in the mesh become neighbours on the wires.
     grid = mesh_utils.create_device_mesh(
-        sizes, devices[: shape.num_devices], allow_split_physical_axes=True
+        (shape.data, first, second // first, shape.rank_devices // second),
+        devices[: shape.num_devices],
+        allow_split_physical_axes=True,
     )
-    return Mesh(grid, AXES)
+    return Mesh(grid, ("data", *names, "copy"))
 
 
 def mesh_of_one(device: jax.Device | None = None) -> Mesh:
@@ -124,11 +151,13 @@ def _check_devices(shape: MeshShape, devices: Sequence[jax.Device]) -> None:
 
 
 def _check_widths(shape: MeshShape, widths: Widths) -> None:
-    reason = _misfit(widths, shape.tensor)
+    reason = _misfit(widths, shape)
     if reason is None:
         return
     count = shape.num_devices
-    fitting = [size for size in range(1, count + 1) if _misfit(widths, size) is None]
+    fitting = [
+        size for size in range(1, count + 1) if _misfit(widths, MeshShape(tensor=size)) is None
+    ]
     meshes = [f"{count // size}x{size}" for size in fitting if count % size == 0]
     raise ConfigError(
         f"mesh {shape} does not fit the model: {reason}. With {count} devices "
@@ -136,31 +165,50 @@ def _check_widths(shape: MeshShape, widths: Widths) -> None:
     )
 
 
-def _misfit(widths: Widths, tensor: int) -> str | None:
-    """Returns why a model cannot be split over so many devices."""
+def _misfit(widths: Widths, shape: MeshShape) -> str | None:
+    """Returns why a model cannot be split over the devices of a rank."""
     heads, kv_heads, ffw = widths.num_heads, widths.num_kv_heads, widths.ffw_size
-    if heads % tensor:
-        return f"tensor={tensor} does not divide its {heads} heads"
-    if kv_heads % tensor and tensor % kv_heads:
-        return f"tensor={tensor} neither divides its {kv_heads} KV heads nor is a multiple of them"
-    if ffw % tensor:
-        return f"tensor={tensor} does not divide its feed-forward width of {ffw}"
+    count, expert = shape.rank_devices, shape.expert
+    given = f"tensor={count}" if expert == 1 else f"expert={expert} times tensor={shape.tensor}"
+    if heads % count:
+        return f"{given} does not divide its {heads} heads"
+    if kv_heads % count and count % kv_heads:
+        return f"{given} neither divides its {kv_heads} KV heads nor is a multiple of them"
+    if ffw % count:
+        return f"{given} does not divide its feed-forward width of {ffw}"
+    return _expert_misfit(widths, shape)
+
+
+def _expert_misfit(widths: Widths, shape: MeshShape) -> str | None:
+    num_experts, expert = getattr(widths, "num_experts", 0), shape.expert
+    if not num_experts:
+        return None if expert == 1 else f"expert={expert} is for a model with experts"
+    if num_experts % expert:
+        return f"expert={expert} does not divide its {num_experts} experts"
+    ffw = getattr(widths, "expert_ffw_size", widths.ffw_size)
+    if ffw % shape.tensor:
+        return f"tensor={shape.tensor} does not divide its experts' width of {ffw}"
+    kv_parts = min(shape.rank_devices, widths.num_kv_heads)
+    if kv_parts % expert and expert % kv_parts:
+        return f"expert={expert} and its KV heads in {kv_parts} parts do not go together"
     return None
 
 
-def spec_for(axes: Sequence[str | None]) -> PartitionSpec:
+def spec_for(mesh: Mesh, axes: Sequence[str | None]) -> PartitionSpec:
     """Returns how an array with these logical axes is split."""
-    return PartitionSpec(*(None if axis is None else MESH_AXES_OF[axis] or None for axis in axes))
+    return PartitionSpec(*(axis and (mesh_axes_of(axis, mesh.axis_names) or None) for axis in axes))
 
 
 def sharding_for(mesh: Mesh, axes: Sequence[str | None]) -> NamedSharding:
     """Returns where an array with these logical axes lives."""
-    return NamedSharding(mesh, spec_for(axes))
+    return NamedSharding(mesh, spec_for(mesh, axes))
 
 
 def num_parts(mesh: Mesh, axis: str | None) -> int:
     """Returns into how many parts a mesh splits a logical axis."""
-    return 1 if axis is None else math.prod(mesh.shape[name] for name in MESH_AXES_OF[axis])
+    if axis is None:
+        return 1
+    return math.prod(mesh.shape[name] for name in mesh_axes_of(axis, mesh.axis_names))
 
 
 def put(

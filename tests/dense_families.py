@@ -1,4 +1,4 @@
-"""Qwen2, Qwen3 and Gemma 3 in numpy: no cache, no pages, no batch. What models must agree with."""
+"""Qwen, Mixtral and Gemma 3 in numpy: no cache, no pages, no batch. What models must agree with."""
 
 from __future__ import annotations
 
@@ -45,6 +45,9 @@ class DenseFamily:
         return x + self._mlp(self._norm(x, prefix + "post_attention_layernorm"), prefix)
 
     def _mlp(self, x: np.ndarray, prefix: str) -> np.ndarray:
+        for part in ("mlp.", "block_sparse_moe."):
+            if f"{prefix}{part}gate.weight" in self._tensors:
+                return self._mixture(x, prefix + part)
         gate = self._linear(x, prefix + "mlp.gate_proj")
         if self._is_gemma:
             inner = math.sqrt(2 / math.pi) * (gate + 0.044715 * gate**3)
@@ -54,6 +57,25 @@ class DenseFamily:
         return self._linear(
             gate * self._linear(x, prefix + "mlp.up_proj"), prefix + "mlp.down_proj"
         )
+
+    def _mixture(self, x: np.ndarray, prefix: str) -> np.ndarray:
+        """Every expert on every token, weighted: one that a token is not routed to by 0."""
+        config, logits = self._config, self._linear(x, prefix + "gate")
+        probabilities = np.exp(logits - logits.max(-1, keepdims=True))
+        probabilities /= probabilities.sum(-1, keepdims=True)
+        least = np.sort(probabilities, -1)[:, -config["num_experts_per_tok"], None]
+        weights = np.where(probabilities >= least, probabilities, 0)
+        if config.get("norm_topk_prob", True):
+            weights /= weights.sum(-1, keepdims=True)
+        is_mixtral = config["model_type"] == "mixtral"
+        names = ("w1", "w3", "w2") if is_mixtral else ("gate_proj", "up_proj", "down_proj")
+        out = np.zeros_like(x)
+        for expert in range(logits.shape[1]):
+            gate, up, down = (f"{prefix}experts.{expert}.{name}" for name in names)
+            inner = self._linear(x, gate)
+            inner = inner / (1 + np.exp(-inner)) * self._linear(x, up)
+            out += weights[:, expert, None] * self._linear(inner, down)
+        return out
 
     def _linear(self, x: np.ndarray, name: str) -> np.ndarray:
         return x @ self._tensors[f"{name}.weight"].T + self._tensors.get(f"{name}.bias", 0.0)
@@ -86,9 +108,11 @@ class DenseFamily:
         config = self._config
         if "layer_types" in config:
             return bool(config["layer_types"][layer] == "sliding_attention")
+        if config["model_type"] == "mixtral":
+            return config["sliding_window"] is not None
         if self._is_gemma:
             return bool((layer + 1) % config["sliding_window_pattern"])
-        return bool(config["use_sliding_window"] and layer >= config["max_window_layers"])
+        return bool(config["use_sliding_window"] and layer >= config.get("max_window_layers", 0))
 
     def _is_seen(self, count: int, layer: int) -> np.ndarray:  # [queries, keys]
         distance = np.arange(count)[:, None] - np.arange(count)

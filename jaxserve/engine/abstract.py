@@ -5,7 +5,9 @@ Its devices need not be there: a compiler and their description are enough to co
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +18,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxserve.config import EngineConfig
 from jaxserve.engine.runner import Bucket, buckets_for, lower_step
 from jaxserve.engine.settings import Dtypes, Settings, dtypes_for, settings_for
-from jaxserve.engine.step import DEVICE, StepSpec, init_state, state_specs
+from jaxserve.engine.step import RANK, StepSpec, init_state, state_specs
 from jaxserve.mesh import MeshShape, mesh_for, num_parts, num_processes, parse_mesh
 from jaxserve.models.loading import AbstractModel, Formats, abstract_model, config_of
 
@@ -43,6 +45,15 @@ class AbstractEngine:
         limits = self.settings.limits
         return buckets_for(limits.max_step_tokens, limits.num_slots, self.settings.min_rows)
 
+    @property
+    def slot_bytes(self) -> int:
+        """The bytes that stay on each device between steps, pages aside."""
+        state = dataclasses.replace(self.state(1), cache=())
+        return sum(
+            math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+            for leaf in jax.tree.leaves(state)
+        )
+
     def init_state(
         self,
         num_pages: int,  # of each rank
@@ -61,7 +72,7 @@ class AbstractEngine:
 
         def whole(spec: PartitionSpec, parts: Any) -> Any:
             sharding = NamedSharding(self.mesh, spec)
-            num_devices = self.mesh.size if spec == DEVICE else num_parts(self.mesh, "rank")
+            num_devices = num_parts(self.mesh, "rank") if spec == RANK else self.mesh.size
 
             def all_parts(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
                 shape = (leaf.shape[0] * num_devices, *leaf.shape[1:])
@@ -70,7 +81,7 @@ class AbstractEngine:
             return jax.tree.map(all_parts, parts)
 
         parts = jax.eval_shape(functools.partial(self.init_state, num_pages))
-        return jax.tree.map(whole, state_specs(), parts)
+        return jax.tree.map(whole, state_specs(self.mesh), parts)
 
     def lower(self, bucket: Bucket, num_pages: int) -> jax.stages.Lowered:
         """Returns the lowered step of one bucket."""

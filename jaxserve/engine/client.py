@@ -131,7 +131,9 @@ class EngineThread:
     ) -> None:
         try:
             from jaxserve.engine.core import EngineCore
+            from jaxserve.engine.pathways import initialize_pathways
 
+            initialize_pathways()
             core = EngineCore(config, report, leader)
         except BaseException as error:  # handed to the caller, who raises it
             started.put(error)

@@ -21,6 +21,8 @@ from jaxserve.errors import ConfigError
 
 _DETECT_TIMEOUT_S = 330.0  # jax waits for the coordinator's name for as long as 300 s
 
+_OPTIONS = ("coordinator", "num_processes", "process_id")
+
 logger = logging.getLogger("jaxserve")
 
 
@@ -54,26 +56,29 @@ def place_of(
 
     None for one process alone. Raises `ConfigError` for options that name no place.
     """
-    given = {
-        "coordinator": config.coordinator,
-        "num_processes": config.num_processes,
-        "process_id": config.process_id,
-    }
-    known = {name: value for name, value in given.items() if value != "auto"}
-    if known.get("num_processes") == 1:
+    known = given_place(config)
+    if config.num_processes == 1:
         return None
     detected: dict[str, object] = {}
-    if len(known) < len(given) and hint_of(environ) is not None:
+    if len(known) < len(_OPTIONS) and hint_of(environ) is not None:
         detected = _detect(is_needed=bool(known))
     if not known and detected.get("num_processes", 1) == 1:
         return None
     values = {**detected, **known}
-    if missing := [name for name in given if values.get(name) is None]:
+    if missing := [name for name in _OPTIONS if values.get(name) is None]:
         raise ConfigError(
             f"{' and '.join(known)} alone do not say which process this is: give "
             f"{' and '.join(missing)}, too (no cluster was detected)"
         )
     return _checked(config, values)
+
+
+def given_place(config: ServerConfig) -> dict[str, str | int]:
+    """Returns the options that say which of several processes this is, but those left "auto"."""
+    if config.num_processes == 1:
+        return {}
+    values = {name: getattr(config, name) for name in _OPTIONS}
+    return {name: value for name, value in values.items() if value != "auto"}
 
 
 def hint_of(environ: Mapping[str, str]) -> str | None:
@@ -117,9 +122,7 @@ def _detect(*, is_needed: bool) -> dict[str, object]:
 
 
 def _checked(config: ServerConfig, values: Mapping[str, object]) -> Place:
-    coordinator, count, index = (
-        values[name] for name in ("coordinator", "num_processes", "process_id")
-    )
+    coordinator, count, index = (values[name] for name in _OPTIONS)
     host, colon, port = str(coordinator).rpartition(":")
     if not colon or not host or not port.isdecimal() or not 0 < int(port) < 65536:
         raise ConfigError(f"coordinator is {coordinator!r}; it must be HOST:PORT")

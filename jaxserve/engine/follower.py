@@ -46,6 +46,7 @@ class Follower:
         self._facts = facts
         self._report = report
         self._link: Link | None = None
+        self._watch: Watch | None = None
         self._frames: queue.SimpleQueue[Frame | None] = queue.SimpleQueue()  # None: no more
         self._fate = Fate(on_end)
 
@@ -58,9 +59,9 @@ class Follower:
             on_frame=self._receive,
             on_end=self._on_link_end,
         )
+        self._watch = Watch(lambda: [link], self._fate.settle)
         link.send(Hello(PROTOCOL, place.process_id, place.num_processes, dict(self._facts)))
         link.start()
-        Watch(lambda: [link], self._fate.settle)
         while not self.jax_address:
             match self._next_frame():
                 case Waiting(line):
@@ -114,7 +115,8 @@ class Follower:
                 self._frames.put(frame)
 
     def _on_link_end(self) -> None:
-        assert self._link is not None
+        assert self._link is not None and self._watch is not None
+        self._watch.stop()
         self._fate.settle(f"{self._link.peer} was lost: it closed its connection")
         self._frames.put(None)
 
@@ -130,7 +132,7 @@ class Follower:
                 now_s, reason = time.monotonic(), error.strerror or str(error)
             if now_s > deadline_s:
                 raise ConfigError(
-                    f"{where} did not answer in {place.join_timeout_s:.0f} s: {reason}"
+                    f"{where} did not answer in {place.join_timeout_s:g} s: {reason}"
                 )
             if now_s - said_s >= REPORT_S:
                 said_s = now_s

@@ -82,7 +82,7 @@ class Leader:
                 if now_s > deadline_s:
                     raise ConfigError(
                         f"{_in_words(missing)} of {self.place.num_processes} did not come in "
-                        f"{self.place.join_timeout_s:.0f} s"
+                        f"{self.place.join_timeout_s:g} s"
                     )
                 if now_s - said_s >= REPORT_S:
                     said_s = now_s
@@ -229,7 +229,7 @@ class Leader:
     def _check_step(self) -> str | None:
         started_s, limit_s = self._step_started_s, self.place.step_timeout_s
         if started_s is not None and time.monotonic() - started_s > limit_s:
-            return f"a step has not finished in {limit_s:.0f} s (step_timeout)"
+            return f"a step has not finished in {limit_s:g} s (step_timeout)"
         return None
 
 

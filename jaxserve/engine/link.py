@@ -150,6 +150,7 @@ class Link:
                 self._on_frame(frame)
         self.ended.set()
         self._on_end()
+        self._sock.close()
 
 
 def send_frame(sock: socket.socket, frame: Frame) -> None:

@@ -14,7 +14,7 @@ from jaxserve.config import EngineConfig
 from jaxserve.engine.packing import Limits
 from jaxserve.engine.request import MAX_EOS_TOKENS
 from jaxserve.errors import ConfigError, WeightError
-from jaxserve.mesh import local_device, num_parts, num_processes
+from jaxserve.mesh import num_parts
 from jaxserve.models.loading import AbstractModel
 from jaxserve.ops.attention import Choice, LayerShape, choose_backend
 from pallas_kernels.ragged_paged_attention import KVLayout
@@ -153,7 +153,8 @@ def num_pages_for(
     config: EngineConfig,
     settings: Settings,
     *,
-    mesh: Mesh,
+    num_devices: int,  # of this process
+    memory_bytes: int | None,  # of each device; None: unknown, as of a CPU
     model_bytes: int,  # on each device
     temporary_bytes: int,  # of the largest program, on each device
 ) -> int:
@@ -163,20 +164,18 @@ def num_pages_for(
     A CPU gets 2 GiB, the devices of a process together; a device that knows its memory gets what
     weights and programs leave of it.
     """
-    device = local_device(mesh)
     limits = settings.limits
     needed = limits.pages_per_sequence
-    stats = device.memory_stats() or {}
     if config.num_pages != "auto":
         num_pages = config.num_pages
     else:
         if config.kv_cache_memory_bytes != "auto":
             available = config.kv_cache_memory_bytes
-        elif "bytes_limit" in stats:
-            usable = int(stats["bytes_limit"] * config.gpu_memory_utilization)
+        elif memory_bytes is not None:
+            usable = int(memory_bytes * config.gpu_memory_utilization)
             available = usable - model_bytes - temporary_bytes
         else:
-            available = _CPU_KV_BYTES * num_processes(mesh) // mesh.size
+            available = _CPU_KV_BYTES // num_devices
         # More than every slot at full length can never be used.
         num_pages = min(available // settings.page_bytes, needed * limits.num_slots)
     if num_pages < needed:

@@ -172,8 +172,9 @@ def _agree(peers: Peers, engine: AbstractEngine) -> None:
 
 def _num_pages(config: EngineConfig, engine: AbstractEngine) -> int:
     """Returns how many pages of each rank fit beside weights and the largest program's rest."""
+    memory_bytes = (local_device(engine.mesh).memory_stats() or {}).get("bytes_limit")
     temporary_bytes = 0
-    if "bytes_limit" in (local_device(engine.mesh).memory_stats() or {}):
+    if memory_bytes is not None:
         limits = engine.settings.limits
         lowered = engine.lower(engine.buckets[-1], limits.pages_per_sequence)
         analysis = lowered.compile().memory_analysis()
@@ -182,8 +183,9 @@ def _num_pages(config: EngineConfig, engine: AbstractEngine) -> int:
     return num_pages_for(
         config,
         engine.settings,
-        mesh=engine.mesh,
-        model_bytes=engine.model.device_bytes,
+        num_devices=engine.mesh.size // num_processes(engine.mesh),
+        memory_bytes=memory_bytes,
+        model_bytes=engine.model.device_bytes + engine.slot_bytes,
         temporary_bytes=temporary_bytes,
     )
 
@@ -231,7 +233,7 @@ def _initial_state(loaded: _Loaded, num_pages: int) -> DeviceState:
         functools.partial(engine.init_state, num_pages),
         mesh=engine.mesh,
         in_specs=(),
-        out_specs=state_specs(),
+        out_specs=state_specs(engine.mesh),
     )
     state: DeviceState = jax.jit(on_mesh)()
     if loaded.kv_scales is None:

@@ -22,7 +22,6 @@ from jaxserve.engine.request import (
     MAX_LOGIT_BIAS,
     MAX_STOP_TOKENS,
 )
-from jaxserve.mesh import AXES
 from jaxserve.models.loading import AbstractModel
 from jaxserve.ops.parallel import gather_along
 from jaxserve.ops.sampling import sample
@@ -44,10 +43,14 @@ Parts: TypeAlias = dict[str, jax.Array]
 
 # The step runs on every device of the mesh, on its own part of each array. Parts lie one behind
 # the other along the first axis: each rank's, the same on all devices that share the rank, or each
-# device's own. What is whole is the same everywhere.
+# device's own (`per_device`). What is whole is the same everywhere.
 WHOLE = PartitionSpec()
 RANK = PartitionSpec("data")
-DEVICE = PartitionSpec(AXES)
+
+
+def per_device(mesh: Mesh) -> PartitionSpec:
+    """Returns how an array is split of which each device has a part of its own."""
+    return PartitionSpec(mesh.axis_names)
 
 
 @flax.struct.dataclass
@@ -74,12 +77,13 @@ class StepSpec:
     is_gathered: bool = False  # every device gets all ranks' output, as one process reads it
 
 
-def state_specs() -> DeviceState:
+def state_specs(mesh: Mesh) -> DeviceState:
     """Returns how the state is split, a DeviceState of PartitionSpecs for (parts of) its arrays."""
     sampling: dict[str, Any] = dict.fromkeys(SamplingState.__dataclass_fields__, RANK)
-    sampling |= {"output_counts": DEVICE, "in_prompt": DEVICE}
+    own = per_device(mesh)
+    sampling |= {"output_counts": own, "in_prompt": own}
     specs: dict[str, Any] = {
-        "cache": DEVICE,
+        "cache": own,
         "page_table": RANK,
         "last_token": RANK,
         "sampling": SamplingState(**sampling),
@@ -135,8 +139,8 @@ def make_step(spec: StepSpec, model: AbstractModel, bucket: tuple[int, int]) -> 
     on_mesh = jax.shard_map(
         bound,
         mesh=spec.mesh,
-        in_specs=(param_specs, state_specs(), RANK, RANK, RANK),
-        out_specs=(state_specs(), WHOLE if spec.is_gathered else RANK),
+        in_specs=(param_specs, state_specs(spec.mesh), RANK, RANK, RANK),
+        out_specs=(state_specs(spec.mesh), WHOLE if spec.is_gathered else RANK),
         check_vma=False,  # what is gathered is the same on all devices, which it cannot know
     )
     return jax.jit(on_mesh, donate_argnums=1)

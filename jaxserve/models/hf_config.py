@@ -39,3 +39,14 @@ def layer_windows(
     if "sliding_attention" in kinds and (type(window) is not int or window < 1):
         raise WeightError(f"config.json: sliding_window = {window!r}, but layers slide")
     return tuple(window if kind == "sliding_attention" else None for kind in kinds)
+
+
+def check_experts(num_experts: object, experts_per_token: object) -> None:
+    """Raises WeightError for numbers of experts that no router can have."""
+    if type(num_experts) is not int or num_experts < 1:
+        raise WeightError(f"config.json: {num_experts!r} experts; there must be at least 1")
+    if type(experts_per_token) is not int or not 1 <= experts_per_token <= num_experts:
+        raise WeightError(
+            f"config.json: num_experts_per_tok = {experts_per_token!r}; "
+            f"it must be 1 to {num_experts}, the number of experts"
+        )

@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxserve.errors import WeightError
 from jaxserve.mesh import num_parts, put, sharding_for
@@ -31,11 +31,11 @@ _MOST_COLUMNS, _LEAST_COLUMNS = 128, 32  # that share a scale in int4
 
 
 def is_layer_matrix(axes: Axes) -> bool:
-    """Returns whether a parameter is a matrix that a layer multiplies by.
+    """Returns whether a parameter is a matrix that a layer multiplies by, or a stack of them.
 
-    Embedding and head are none: they stay in 16 bit, as vLLM keeps them.
+    Embedding, head and routers are none: they stay in 16 bit, as vLLM keeps them.
     """
-    return len(axes) == 2 and "vocab" not in axes
+    return len(axes) in (2, 3) and not {"vocab", "router"} & set(axes)
 
 
 def load_time_format(
@@ -54,7 +54,7 @@ def load_time_format(
     if quantization == "fp8":
         return WeightFormat(type="float8_e4m3fn", activations="dynamic")
     assert quantization == "int4", quantization
-    columns = min(shape[1] & -shape[1], _MOST_COLUMNS)  # the largest power of two that divides
+    columns = min(shape[-1] & -shape[-1], _MOST_COLUMNS)  # the largest power of two that divides
     if columns < _LEAST_COLUMNS:
         raise WeightError(
             f"int4 needs widths that {_LEAST_COLUMNS} divides; a matrix has shape {shape}"
@@ -64,7 +64,7 @@ def load_time_format(
 
 def abstract_weight(
     format: WeightFormat,
-    dense: jax.ShapeDtypeStruct,  # [out, in]
+    dense: jax.ShapeDtypeStruct,  # [out, in], or [experts, out, in]
     axes: Axes,
     mesh: Mesh,
 ) -> QuantizedWeight:
@@ -73,6 +73,8 @@ def abstract_weight(
     Scales are split as the matrix is, and one scale for all columns is whole on each device.
     Raises WeightError for columns in another order that the mesh would split.
     """
+    if len(axes) == 3:
+        return _abstract_stack(format, dense, axes, mesh)
     out_size, in_size = dense.shape
     out_axis, in_axis = axes
     if format.has_order and num_parts(mesh, in_axis) > 1:
@@ -114,6 +116,27 @@ def abstract_weight(
     )
 
 
+def _abstract_stack(
+    format: WeightFormat,
+    dense: jax.ShapeDtypeStruct,  # [experts, out, in]
+    axes: Axes,
+    mesh: Mesh,
+) -> QuantizedWeight:
+    """Returns the arrays of experts' quantised matrices: each those of one, stacked."""
+    of_one = jax.ShapeDtypeStruct(
+        dense.shape[1:], dense.dtype, sharding=sharding_for(mesh, axes[1:])
+    )
+    (expert_part,) = sharding_for(mesh, axes[:1]).spec
+
+    def stacked(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        parts = PartitionSpec(expert_part, *leaf.sharding.spec)
+        return jax.ShapeDtypeStruct(
+            (dense.shape[0], *leaf.shape), leaf.dtype, sharding=NamedSharding(mesh, parts)
+        )
+
+    return jax.tree.map(stacked, abstract_weight(format, of_one, axes[1:], mesh))
+
+
 def _fitting(
     format: WeightFormat,
     shape: tuple[int, ...],  # [out, in]
@@ -146,7 +169,7 @@ def refine(stored: StoredWeight, rows: int, weight: QuantizedWeight) -> StoredWe
 
 def quantized_arrays(
     weight: QuantizedWeight,  # of ShapeDtypeStructs
-    dense: jax.Array,  # [out, in]
+    dense: jax.Array,  # [out, in], or [experts, out, in]
 ) -> list[jax.Array]:
     """Returns the arrays of a matrix that is quantised at load, made on its devices."""
     arrays = _quantizer(tuple(jax.tree.leaves(weight)), weight.num_groups)(dense)
@@ -156,6 +179,8 @@ def quantized_arrays(
 @functools.lru_cache(maxsize=64)  # a model has few shapes, and compiles for each once
 def _quantizer(shapes: tuple[jax.ShapeDtypeStruct, ...], num_groups: int) -> jax.stages.Wrapped:
     def make(dense: jax.Array) -> tuple[jax.Array, ...]:
+        if dense.ndim == 3:  # one by one: floats take several times the room of what stays
+            return jax.lax.map(make, dense)
         arrays = quantize(dense, shapes[0].dtype, num_groups)
         return tuple(array for array in arrays if array is not None)
 

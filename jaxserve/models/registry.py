@@ -12,7 +12,9 @@ from flax import nnx
 from jaxserve.errors import WeightError
 from jaxserve.models.gemma3 import Gemma3, Gemma3Config
 from jaxserve.models.llama import Llama, LlamaConfig
+from jaxserve.models.mixtral import Mixtral, MixtralConfig
 from jaxserve.models.qwen import Qwen, QwenConfig
+from jaxserve.models.qwen3_moe import Qwen3Moe, Qwen3MoeConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +30,8 @@ FAMILIES: dict[str, Family] = {
     "MistralForCausalLM": Family(config=LlamaConfig, model=Llama),
     "Qwen2ForCausalLM": Family(config=QwenConfig, model=Qwen),
     "Qwen3ForCausalLM": Family(config=QwenConfig, model=Qwen),
+    "Qwen3MoeForCausalLM": Family(config=Qwen3MoeConfig, model=Qwen3Moe),
+    "MixtralForCausalLM": Family(config=MixtralConfig, model=Mixtral),
     "Gemma3ForCausalLM": Family(config=Gemma3Config, model=Gemma3),
 }
 

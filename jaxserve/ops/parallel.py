@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxserve.mesh import MESH_AXES_OF
+from jaxserve.mesh import mesh_axes_of
 
 
 def parts_along(axis: str) -> int:
@@ -31,10 +31,10 @@ def index_along(axis: str) -> jax.Array:  # [] i32
 
 def sum_over(
     x: jax.Array,  # of any shape, each device's share
-    axis: str,
+    *axes: str,
 ) -> jax.Array:  # of the same shape
-    """Returns the sum of the shares that a product along a split axis leaves on each device."""
-    names = _names(axis)
+    """Returns the sum of the shares that products along split axes leave on each device."""
+    names = tuple(name for axis in axes for name in _names(axis))
     return lax.psum(x, names) if names else x
 
 
@@ -54,6 +54,7 @@ def gather_along(
 def _names(axis: str) -> tuple[str, ...]:
     """Returns the mesh axes that split a logical axis here."""
     mesh = jax.sharding.get_abstract_mesh()
-    return tuple(
-        name for name in MESH_AXES_OF[axis] if name in mesh.manual_axes and mesh.shape[name] > 1
-    )
+    if not mesh.manual_axes:
+        return ()
+    names = mesh_axes_of(axis, mesh.axis_names)
+    return tuple(name for name in names if mesh.shape[name] > 1)

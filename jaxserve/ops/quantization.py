@@ -55,6 +55,8 @@ _LEAST_SCALE = 1e-12  # of a group of zeros
 class QuantizedWeight:
     """A matrix `[out, in]` as small numbers times scales, where models have an array.
 
+    A stack of matrices, one for each expert, has a dimension before those of every array.
+
     With `group` columns and `rows` rows sharing a scale, entry [o, i] means
     `(data[o, i] - zero[i // group, o]) * scale[i // group, o // rows]`.
     """
@@ -76,7 +78,7 @@ class QuantizedWeight:
     @property
     def num_groups(self) -> int:
         """How many parts the columns fall into, each with scales of its own."""
-        return self.scale.shape[0]
+        return self.scale.shape[-2]
 
     def row_scales(self) -> jax.Array:  # [groups, out] f32
         """Returns each row's scales."""

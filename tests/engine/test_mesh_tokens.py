@@ -11,6 +11,7 @@ from jaxserve.engine.request import SamplingParams
 from jaxserve.errors import ConfigError
 from tests.checkpoints import write_llama_folder
 from tests.driving import run, tokens_of
+from tests.families import write_family_folder
 
 pytestmark = pytest.mark.slow
 
@@ -95,6 +96,16 @@ def test_a_mesh_gives_the_tokens_of_one_device(folder, expected, mesh):
     assert_same(answers, expected)
     assert stats.num_preemptions > 0 and stats.prefix_hits > 0
     assert stats.num_compiles_since_ready == 0
+
+
+def test_experts_on_a_mesh_give_the_tokens_of_one_device(tmp_path):
+    widths = {"num_attention_heads": 8, "num_key_value_heads": 2, "num_experts": 8}
+    folder = write_family_folder(tmp_path, "qwen3_moe", **widths)
+    expected, _ = workload(folder, mesh="1")
+    for mesh in ("2x2x2", "expert=8"):  # more experts' groups than KV heads, and fewer
+        answers, stats = workload(folder, mesh=mesh)
+        assert_same(answers, expected)
+        assert stats.num_compiles_since_ready == 0
 
 
 @pytest.mark.parametrize(

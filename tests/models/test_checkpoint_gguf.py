@@ -168,9 +168,10 @@ def test_types_of_256_element_blocks_are_read_by_slice(tmp_path, kind):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"architecture": "mamba"}, "architecture 'mamba' is not supported"),
+        ({"architecture": "mamba"}, "architecture 'mamba' without experts is not"),
         ({"name": "blk.0.ssm_a.weight"}, "'blk.0.ssm_a.weight' has no place in a llama model"),
-        ({"metadata": {"expert_count": 8}}, "mixture-of-experts"),
+        ({"architecture": "qwen2", "metadata": {"expert_count": 8}}, "'qwen2' with experts is not"),
+        ({"architecture": "qwen3moe"}, "'qwen3moe' without experts is not supported"),
         ({"metadata": {"block_count": None}}, "'llama.block_count' must be a positive number"),
         ({"metadata": {"attention.head_count_kv": [1, 2]}}, "differs between layers"),
         ({"metadata": {"rope.dimension_count": 8}}, "partial rotation"),

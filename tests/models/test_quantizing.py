@@ -120,7 +120,7 @@ def test_logits_are_those_of_the_dequantised_weights(folder, tmp_path, quantizat
 @pytest.mark.parametrize("quantization", ["int8", "int4", "fp8"])
 def test_a_mesh_divides_data_and_scales_alike(folder, quantization):
     model, params = loaded(folder, quantization)
-    mesh = Mesh(np.array(jax.devices()[:2]).reshape(1, 2, 1), AXES)
+    mesh = Mesh(np.array(jax.devices()[:2]).reshape(1, 1, 2, 1), AXES)
     divided_model, divided = loaded(folder, quantization, mesh)
     for whole, part in zip(params, divided, strict=True):
         np.testing.assert_array_equal(np.asarray(whole), np.asarray(part))
@@ -135,7 +135,7 @@ def test_a_mesh_divides_data_and_scales_alike(folder, quantization):
 
 def test_scales_of_groups_are_divided_where_the_mesh_divides_them(tmp_path):
     folder = write_llama_folder(tmp_path, seed=3, ffn=512)
-    mesh = Mesh(np.array(jax.devices()[:2]).reshape(1, 2, 1), AXES)
+    mesh = Mesh(np.array(jax.devices()[:2]).reshape(1, 1, 2, 1), AXES)
     values = values_of(*loaded(folder, "int4", mesh))
     down = values["model.layers.0.mlp.down_proj.weight"]
     assert down.scale.shape == (4, HIDDEN)

@@ -9,7 +9,7 @@ from jaxserve.models.registry import FAMILIES, family_for
 @pytest.mark.parametrize(
     ("unknown", "nearest"),
     [
-        ("Qwen3MoeForCausalLM", "Qwen3ForCausalLM"),
+        ("Qwen2MoeForCausalLM", "Qwen3MoeForCausalLM"),
         ("Qwen2_5_VLForConditionalGeneration", "Qwen2ForCausalLM"),
         ("Gemma3ForConditionalGeneration", "Gemma3ForCausalLM"),
         ("LLaMAForCausalLM", "LlamaForCausalLM"),

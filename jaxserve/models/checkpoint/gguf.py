@@ -16,7 +16,13 @@ import numpy as np
 from jaxserve.errors import WeightError
 from jaxserve.models.checkpoint.contract import Index
 from jaxserve.models.checkpoint.files import bounds_of, open_binary, read_part
-from jaxserve.models.checkpoint.gguf_families import END_TOKENS, FAMILIES, SAMPLING, Family
+from jaxserve.models.checkpoint.gguf_families import (
+    END_TOKENS,
+    EXPERT_FAMILIES,
+    FAMILIES,
+    SAMPLING,
+    Family,
+)
 from jaxserve.models.checkpoint.gguf_header import Header, TensorInfo, gguf_package, read_header
 
 ROPE_FREQUENCIES = "rope_freqs.weight"
@@ -151,14 +157,14 @@ def family_of(metadata: dict[str, Any], path: Path) -> Family:
     if metadata.get("split.count", 1) not in (0, 1):
         raise WeightError(f"{path}: one part of a split GGUF; join the parts with llama-gguf-split")
     architecture = metadata.get("general.architecture")
-    if not isinstance(architecture, str) or architecture not in FAMILIES:
+    has_experts = bool(metadata.get(f"{architecture}.expert_count", 0))
+    families = EXPERT_FAMILIES if has_experts else FAMILIES
+    if not isinstance(architecture, str) or architecture not in families:
         raise WeightError(
-            f"{path}: GGUF architecture {architecture!r} is not supported "
-            f"(supported: {', '.join(FAMILIES)})"
+            f"{path}: GGUF architecture {architecture!r} {'with' if has_experts else 'without'} "
+            f"experts is not supported (supported: {', '.join(families)})"
         )
-    if metadata.get(f"{architecture}.expert_count", 0):
-        raise WeightError(f"{path}: mixture-of-experts {architecture} files are not supported")
-    return FAMILIES[architecture]
+    return families[architecture]
 
 
 def build_config(header: Header, family: Family, path: Path) -> dict[str, Any]:

@@ -35,6 +35,21 @@ COMMON_NAMES = {
 }
 
 
+EXPERT_CONFIG = {
+    **COMMON_CONFIG,
+    "expert_count": "num_local_experts",
+    "expert_used_count": "num_experts_per_tok",
+}
+
+# Stacks of all experts' matrices, as models have them.
+EXPERT_NAMES = {
+    **COMMON_NAMES,
+    "blk.{i}.ffn_gate_inp": "model.layers.{i}.mlp.gate",
+    "blk.{i}.ffn_gate_exps": "model.layers.{i}.mlp.experts.gate_proj",
+    "blk.{i}.ffn_up_exps": "model.layers.{i}.mlp.experts.up_proj",
+    "blk.{i}.ffn_down_exps": "model.layers.{i}.mlp.experts.down_proj",
+}
+
 _HEAD_NORMS = {
     "blk.{i}.attn_q_norm": "model.layers.{i}.self_attn.q_norm",
     "blk.{i}.attn_k_norm": "model.layers.{i}.self_attn.k_norm",
@@ -76,15 +91,17 @@ def _gemma3_scale(config: Mapping[str, int]) -> Mapping[str, object]:
     return {"query_pre_attn_scalar": per_head if is_27b else config["head_dim"]}
 
 
+_LLAMA_HEADS = {
+    "blk.{i}.attn_q": "num_attention_heads",
+    "blk.{i}.attn_k": "num_key_value_heads",
+}
+
 FAMILIES = {
     "llama": Family(
         architecture="LlamaForCausalLM",
         model_type="llama",
         constants={"hidden_act": "silu"},
-        interleaved={
-            "blk.{i}.attn_q": "num_attention_heads",
-            "blk.{i}.attn_k": "num_key_value_heads",
-        },
+        interleaved=_LLAMA_HEADS,
     ),
     "qwen2": Family(
         architecture="Qwen2ForCausalLM",
@@ -115,6 +132,26 @@ FAMILIES = {
         derived=_gemma3_scale,
         names={**COMMON_NAMES, **_GEMMA3_NORMS},
         raised=_GEMMA3_NORMS,
+    ),
+}
+
+# Of files with experts, whose architecture may be that of files without. In both, llama.cpp makes
+# the weights of a token's experts sum to 1 (llama-model.cpp, build_moe_ffn).
+EXPERT_FAMILIES = {
+    "llama": Family(
+        architecture="MixtralForCausalLM",
+        model_type="mixtral",
+        constants={"hidden_act": "silu"},
+        config=EXPERT_CONFIG,
+        names=EXPERT_NAMES,
+        interleaved=_LLAMA_HEADS,
+    ),
+    "qwen3moe": Family(
+        architecture="Qwen3MoeForCausalLM",
+        model_type="qwen3_moe",
+        constants={"hidden_act": "silu", "norm_topk_prob": True},
+        config={**EXPERT_CONFIG, "expert_feed_forward_length": "moe_intermediate_size"},
+        names={**EXPERT_NAMES, **_HEAD_NORMS},
     ),
 }
 

@@ -1,0 +1,101 @@
+"""Mixtral: Mistral with a mixture of experts in every layer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxserve.batch import Batch, Cache
+from jaxserve.models.experts import ExpertLayer
+from jaxserve.models.hf_config import check_experts, refuse_unless
+from jaxserve.models.layers import Attention, Decoder, Norm, head_logits, head_of
+from jaxserve.ops.rope import Rope, inverse_frequencies, rope_angles, rope_from_hf
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixtralConfig:
+    """The numbers that shape the model."""
+
+    vocab_size: int
+    hidden_size: int
+    ffw_size: int  # of each expert: no layer is without
+    num_experts: int
+    experts_per_token: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    norm_eps: float
+    rope: Rope
+    sliding_window: int | None
+    is_tied: bool  # the head is the embedding
+    max_positions: int
+    is_renormalized: bool = True
+
+    @property
+    def expert_ffw_size(self) -> int:
+        """The same as `ffw_size`."""
+        return self.ffw_size
+
+    @classmethod
+    def from_hf(cls, config: dict[str, Any]) -> MixtralConfig:
+        """Returns the config of a Hugging Face config.json; WeightError for what is not handled."""
+        refuse_unless(
+            config,
+            {"model_type": "mixtral", "hidden_act": "silu", "attention_bias": False},
+        )
+        heads = config["num_attention_heads"]
+        check_experts(config["num_local_experts"], config["num_experts_per_tok"])
+        return cls(
+            vocab_size=config["vocab_size"],
+            hidden_size=config["hidden_size"],
+            ffw_size=config["intermediate_size"],
+            num_experts=config["num_local_experts"],
+            experts_per_token=config["num_experts_per_tok"],
+            num_layers=config["num_hidden_layers"],
+            num_heads=heads,
+            num_kv_heads=config.get("num_key_value_heads") or heads,
+            head_dim=config.get("head_dim") or config["hidden_size"] // heads,
+            norm_eps=config.get("rms_norm_eps", 1e-5),
+            rope=rope_from_hf(config, 1e6),
+            sliding_window=config.get("sliding_window"),
+            is_tied=config.get("tie_word_embeddings", False),
+            max_positions=config.get("max_position_embeddings", 131072),
+        )
+
+
+class Mixtral(nnx.Module):
+    """The model; attribute paths are the checkpoint's names as `checkpoint.experts` gives them."""
+
+    def __init__(
+        self,
+        config: MixtralConfig,
+        *,
+        dtype: jnp.dtype,  # of weights
+        activation_dtype: jnp.dtype,  # of what flows between layers
+    ) -> None:
+        def layer() -> ExpertLayer:
+            attention = Attention(config, dtype, sliding_window=config.sliding_window)
+            return ExpertLayer(config, attention, dtype)
+
+        norm = Norm(config.hidden_size, config.norm_eps, dtype)
+        self.model = Decoder(config, [layer() for _ in range(config.num_layers)], norm, dtype)
+        self.lm_head = None if config.is_tied else head_of(config, dtype)
+        self.config = config
+        self.activation_dtype = activation_dtype
+
+    def __call__(self, batch: Batch, cache: Cache) -> tuple[jax.Array, Cache]:
+        """Computes the step's tokens. Returns `[tokens, hidden]`, before the final norm."""
+        config, rope = self.config, self.config.rope
+        frequencies = inverse_frequencies(config.head_dim, rope.theta, rope.scaling)
+        angles = [rope_angles(batch.positions, frequencies)] * config.num_layers
+        x = self.model.embed(batch, self.activation_dtype)
+        return self.model.visit(x, angles, batch, cache)
+
+    def logits(self, hidden: jax.Array) -> jax.Array:  # [rows, hidden] -> [rows, vocab] f32
+        """Returns the logits of the tokens that follow the given rows."""
+        return head_logits(self.config, self.model, self.lm_head, hidden)
