@@ -58,6 +58,10 @@ HOST_MODULES = (
     "jaxserve.engine.scheduler",
     "jaxserve.engine.client",
     "jaxserve.engine.ipc",
+    "jaxserve.engine.cluster",
+    "jaxserve.engine.follower",
+    "jaxserve.engine.leader",
+    "jaxserve.engine.member",
 )
 
 
