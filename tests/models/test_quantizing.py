@@ -122,9 +122,13 @@ def test_a_mesh_divides_data_and_scales_alike(folder, quantization):
     model, params = loaded(folder, quantization)
     mesh = Mesh(np.array(jax.devices()[:2]).reshape(1, 1, 2, 1), AXES)
     divided_model, divided = loaded(folder, quantization, mesh)
-    for whole, part in zip(params, divided, strict=True):
-        np.testing.assert_array_equal(np.asarray(whole), np.asarray(part))
-    values = values_of(divided_model, divided)
+    whole_values, values = values_of(model, params), values_of(divided_model, divided)
+    for name, part in values.items():
+        if quantization == "int4" and ("o_proj" in name or "down_proj" in name):
+            continue  # their columns are split, and each device has groups of its own
+        for ours, theirs in zip(*map(jax.tree.leaves, (part, whole_values[name])), strict=True):
+            rows = min(len(ours), len(theirs))  # the vocabulary is padded for each mesh
+            np.testing.assert_array_equal(np.asarray(ours)[:rows], np.asarray(theirs)[:rows])
     up = values["model.layers.0.mlp.up_proj.weight"]  # [ffw, hidden]: rows are divided
     assert up.data.addressable_shards[0].data.shape == (FFW // 2, HIDDEN)
     assert up.scale.addressable_shards[0].data.shape == (1, FFW // 2)
