@@ -93,6 +93,7 @@ class Case:
     quantization: str = "auto"
     kv_cache_dtype: str = "auto"
     mesh: str = "1"
+    max_num_seqs: int | None = None  # of each rank; None: the target's default
 
 
 def named_buckets(engine: AbstractEngine) -> dict[str, Bucket]:
@@ -114,6 +115,7 @@ def compile_case(case: Case, bucket_name: str) -> Program:
             "quantization": case.quantization,
             "kv_cache_dtype": case.kv_cache_dtype,
             "mesh": case.mesh,
+            "max_num_seqs": case.max_num_seqs or "auto",
         },
     )
     devices = devices_of(case.target, mesh.num_devices)
