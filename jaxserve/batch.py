@@ -58,5 +58,5 @@ class Model(Protocol):
     def logits(
         self,
         hidden: jax.Array,  # [rows, hidden], as `__call__` returned it
-    ) -> jax.Array:  # [rows, vocab] f32
+    ) -> jax.Array:  # [rows, vocab part] f32, of the tokens whose logits this device computes
         """Returns the logits of the tokens that follow the given rows."""

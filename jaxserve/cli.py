@@ -28,6 +28,7 @@ from jaxserve.options import (
     ChatOptions,
     GenerateOptions,
     LatencyBenchOptions,
+    PlanOptions,
     ServeBenchOptions,
     ThroughputBenchOptions,
 )
@@ -48,12 +49,9 @@ class Parser(argparse.ArgumentParser):
 
 def run(argv: Sequence[str]) -> int:
     """Runs the command that `argv` names and returns the exit status."""
-    parser = build_parser()
-    args, unknown = parser.parse_known_args(_with_dashes(argv))
-    if unknown:
-        _fail(args, _unknown_message(unknown, args.flags))
+    args = _parse(argv)
     if args.command is None:
-        parser.print_help()
+        args.parser.print_help()
         return 2
     try:
         return int(args.command(args))
@@ -62,6 +60,21 @@ def run(argv: Sequence[str]) -> int:
         return 1
     except KeyboardInterrupt:
         return 130
+
+
+def serve_configs(argv: Sequence[str]) -> tuple[EngineConfig, ServerConfig]:
+    """Returns what `jaxserve serve` would run with these arguments, for another host to run.
+
+    Exits with status 2 for a flag that `serve` would not take; raises `ConfigError` for a value.
+    """
+    return _configs(_parse(["serve", *argv]))
+
+
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
+    args, unknown = build_parser().parse_known_args(_with_dashes(argv))
+    if unknown:
+        _fail(args, _unknown_message(unknown, args.flags))
+    return args
 
 
 def build_parser() -> Parser:
@@ -97,6 +110,9 @@ def build_parser() -> Parser:
     )
     _add_command(
         benches, "latency", "time of one batch, offline", _bench_latency, LatencyBenchOptions
+    )
+    _add_command(
+        commands, "plan", "say what a model takes on devices that are not here", _plan, PlanOptions
     )
     doctor = commands.add_parser("doctor", help="report versions, devices and caches")
     doctor.set_defaults(command=_doctor, parser=doctor, flags=("--help",))
@@ -359,6 +375,14 @@ def _bench_latency(args: argparse.Namespace) -> int:
     from jaxserve.bench.offline import run_latency_bench
 
     return run_latency_bench(engine_config, options)
+
+
+def _plan(args: argparse.Namespace) -> int:
+    options = _options(args, PlanOptions)
+    engine_config = _engine_config(args)
+    from jaxserve.planning.report import run_plan
+
+    return run_plan(engine_config, options)
 
 
 def _doctor(args: argparse.Namespace) -> int:

@@ -36,6 +36,9 @@ def report() -> int:
         _print(name, value)
     import jax  # after the lines above, which also help where jax is what is broken
 
+    from jaxserve.engine.pathways import initialize_pathways
+
+    initialize_pathways()
     try:
         devices = jax.devices()
     except RuntimeError as error:

@@ -6,6 +6,7 @@ Host only, and quick to import: `jaxserve --help` reads it.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from jaxserve.config import option
 
@@ -87,3 +88,13 @@ class LatencyBenchOptions:
     num_iters_warmup: int = option(1, "batches run first and not counted", low=0)
     num_iters: int = option(5, "batches to time", low=1)
     save_result: str = option("", "file to write the figures to, as JSON")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanOptions:
+    """Options of `jaxserve plan`."""
+
+    device: Literal["v5e", "v6e", "v5p", "7x", "h100"] = option(
+        "v5e", "device to compile for; none need be here"
+    )
+    recommend: bool = option(False, "compare meshes of all devices instead, without compiling")

@@ -20,6 +20,7 @@ import re
 import shutil
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,40 +35,20 @@ os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")  # else libtpu compla
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for scripts.model_shapes
 
 import jax
-import numpy as np
-from jax.experimental import topologies
-from jax.sharding import Mesh, SingleDeviceSharding
 
 from jaxserve.config import EngineConfig, from_table
-from jaxserve.engine.core import abstract_state
-from jaxserve.engine.runner import Bucket, buckets_for, lower_step
-from jaxserve.engine.settings import Settings, dtypes_for, settings_for
-from jaxserve.engine.step import StepSpec
-from jaxserve.mesh import AXES
-from jaxserve.models.loading import AbstractModel, abstract_model
+from jaxserve.engine.abstract import AbstractEngine, abstract_engine
+from jaxserve.engine.runner import Bucket
+from jaxserve.mesh import parse_mesh
+from jaxserve.models.loading import AbstractModel
 from jaxserve.ops.quantization import QuantizedWeight
+from jaxserve.planning.collectives import Collective, collectives_of
+from jaxserve.planning.targets import TARGETS, compiler_options, devices_of
 from scripts.model_shapes import MODELS
 
-H100_CONFIG = Path(__file__).resolve().parent / "targets" / "h100.txtpb"
 MAX_MODEL_LEN = 8192
 NUM_PAGES = 1024
 
-
-@dataclass(frozen=True, kw_only=True)
-class Target:
-    """A kind of device, and the smallest topology that its compiler knows."""
-
-    platform: str  # "tpu" or "gpu"
-    topology: str
-
-
-TARGETS = {
-    "v5e": Target(platform="tpu", topology="v5e:2x2"),
-    "v6e": Target(platform="tpu", topology="v6e:2x2"),
-    "v5p": Target(platform="tpu", topology="v5p:2x2x1"),
-    "7x": Target(platform="tpu", topology="tpu7x:2x2x1"),
-    "h100": Target(platform="gpu", topology="1x1x1"),
-}
 
 # Weights alone fill the device: such a model needs a mesh.
 TOO_LARGE = {
@@ -82,7 +63,6 @@ TOO_LARGE = {
 
 _FORBIDDEN = {
     "float64": r"\bf64\[",
-    "a collective": r" (all-reduce|all-gather|all-to-all|reduce-scatter|collective-\w+)(-start)?\(",
     "a call to the host": r" (infeed|outfeed|send|recv)\(|_callback|HostExecute",
 }
 
@@ -101,6 +81,7 @@ class Program:
     num_state_copies: int  # of whole KV arrays
     num_dense_weights: int  # float copies of whole quantised matrices
     num_kernels: int  # calls of Pallas kernels
+    collectives: Counter[Collective]
     faults: tuple[str, ...]
 
 
@@ -113,33 +94,18 @@ class Case:
     num_layers: int | None = None  # None: all
     quantization: str = "auto"
     kv_cache_dtype: str = "auto"
+    mesh: str = "1"
 
 
-def topology_of(target: str) -> Any:
-    """Returns the compile-only devices of a target."""
-    described = TARGETS[target]
-    if described.platform == "tpu":
-        return topologies.get_topology_desc(described.topology, platform="tpu")
-    return topologies.get_topology_desc(
-        target,
-        "cuda",
-        target_config=H100_CONFIG.read_text(),
-        topology=described.topology,
-    )
-
-
-def named_buckets(settings: Settings) -> dict[str, Bucket]:
+def named_buckets(engine: AbstractEngine) -> dict[str, Bucket]:
     """Returns the largest bucket of one-token steps and the largest of all."""
-    limits = settings.limits
-    buckets = buckets_for(limits.max_step_tokens, limits.num_slots, settings.min_rows)
-    decode = max(bucket for bucket in buckets if bucket[0] == bucket[1])
-    return {"decode": decode, "mixed": max(buckets)}
+    decode = max(bucket for bucket in engine.buckets if bucket[0] == bucket[1])
+    return {"decode": decode, "mixed": max(engine.buckets)}
 
 
 def compile_case(case: Case, bucket_name: str) -> Program:
     """Compiles the step of a model for one device of a target, and inspects it."""
-    device = topology_of(case.target).devices[0]
-    platform = TARGETS[case.target].platform
+    mesh = parse_mesh(case.mesh)
     hf_config = dict(MODELS[case.model])
     hf_config["num_hidden_layers"] = case.num_layers or hf_config["num_hidden_layers"]
     config = from_table(
@@ -149,34 +115,17 @@ def compile_case(case: Case, bucket_name: str) -> Program:
             "max_model_len": MAX_MODEL_LEN,
             "quantization": case.quantization,
             "kv_cache_dtype": case.kv_cache_dtype,
+            "mesh": case.mesh,
         },
     )
-    mesh = Mesh(np.array([device]).reshape(1, 1), AXES)
-    # Kernels take the hardware's facts from the mesh: without it, from the CPU.
-    with jax.set_mesh(mesh):
-        dtypes = dtypes_for(config, platform)
-        model = abstract_model(
-            hf_config,
-            mesh,
-            dtype=dtypes.weights,
-            activation_dtype=dtypes.activations,
-            quantization=case.quantization,
-        )
-        settings = settings_for(config, model, dtypes, device)
-        state = abstract_state(settings, NUM_PAGES, SingleDeviceSharding(device))
-        spec = StepSpec(
-            limits=settings.limits,
-            max_logprobs=config.max_logprobs,
-            attention=settings.attention.backend,
-        )
-        bucket = named_buckets(settings)[bucket_name]
-        started_s = time.monotonic()
-        options: dict[str, str | bool] = {}
-        if platform == "gpu":
-            options["xla_gpu_autotune_level"] = "0"  # no device to time the candidates
-        compiled = lower_step(model, spec, state, bucket).compile(compiler_options=options)
-        seconds = time.monotonic() - started_s
-    return inspect(compiled, state, bucket, seconds, weights_of(model))
+    devices = devices_of(case.target, mesh.num_devices)
+    started_s = time.monotonic()
+    engine = abstract_engine(config, hf_config, devices=devices)
+    bucket = named_buckets(engine)[bucket_name]
+    options = compiler_options(case.target)
+    compiled = engine.lower(bucket, NUM_PAGES).compile(compiler_options=options)
+    seconds = time.monotonic() - started_s
+    return inspect(compiled, engine.state(NUM_PAGES), bucket, seconds, weights_of(engine.model))
 
 
 def weights_of(model: AbstractModel) -> list[tuple[int, ...]]:
@@ -198,7 +147,9 @@ def inspect(
     """Returns the sizes of a compiled step, and its faults."""
     sizes: Any = compiled.memory_analysis()
     text = compiled.as_text() or ""
-    state_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+    state_bytes = sum(
+        math.prod(_device_shape(leaf)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(state)
+    )
     faults = [f"it has {what}" for what, pattern in _FORBIDDEN.items() if re.search(pattern, text)]
     if sizes.alias_size_in_bytes < state_bytes:
         faults.append(f"{sizes.alias_size_in_bytes} of {state_bytes} state bytes are in place")
@@ -213,13 +164,21 @@ def inspect(
         num_state_copies=_count_copies(text, state),
         num_dense_weights=count_dense(text, quantized),
         num_kernels=len(re.findall(r'custom_call_target="(tpu_custom_call|mosaic_gpu\w*)"', text)),
+        collectives=collectives_of(text),
         faults=tuple(faults),
     )
 
 
+def _device_shape(leaf: jax.ShapeDtypeStruct) -> tuple[int, ...]:
+    """Returns the shape of each device's part."""
+    if leaf.sharding is None:
+        return leaf.shape
+    return leaf.sharding.shard_shape(leaf.shape)
+
+
 def _count_copies(text: str, state: Any) -> int:
     """Counts copies of an array of the cache's shape: what a step that works in place lacks."""
-    shapes = {tuple(leaf.shape) for leaf in jax.tree.leaves(state.cache)}
+    shapes = {_device_shape(leaf) for leaf in jax.tree.leaves(state.cache)}
     copies = re.findall(r"= [a-z]+\d+\w*\[([\d,]+)\]\S* (?:copy|transpose)\(", text)
     return sum(tuple(map(int, copy.split(","))) in shapes for copy in copies)
 
@@ -307,6 +266,7 @@ def main() -> int:
     parser.add_argument("--model", choices=MODELS, action="append", help="repeat for several")
     parser.add_argument("--quantization", default="auto", help="as `jaxserve serve` takes it")
     parser.add_argument("--kv-cache-dtype", default="auto", help="as `jaxserve serve` takes it")
+    parser.add_argument("--mesh", default="1", help="as `jaxserve serve` takes it")
     parser.add_argument("--layers", type=int, help="cut the models to this many layers")
     parser.add_argument(
         "--kernels", action="store_true", help="the attention kernels alone, over a grid of shapes"
@@ -324,6 +284,7 @@ def main() -> int:
             num_layers=options.layers,
             quantization=options.quantization,
             kv_cache_dtype=options.kv_cache_dtype,
+            mesh=options.mesh,
         )
         for target in options.target or TARGETS
         for model in options.model or MODELS

@@ -28,10 +28,13 @@ LAYERS = (
     ("jaxserve.address", "jaxserve.options"),
     ("jaxserve.bench", "jaxserve.complete", "jaxserve.doctor", "jaxserve.repl"),
     ("jaxserve.cli",),
-    ("jaxserve.__main__",),
+    ("jaxserve.__main__", "jaxserve.asgi"),
+    ("jaxserve.ray_serve",),
 )
 HOST_MODULES = (
     "jaxserve",
+    "jaxserve.asgi",
+    "jaxserve.ray_serve",
     "jaxserve.errors",
     "jaxserve.config",
     "jaxserve.cli",

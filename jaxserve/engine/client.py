@@ -125,7 +125,9 @@ class EngineThread:
     ) -> None:
         try:
             from jaxserve.engine.core import EngineCore
+            from jaxserve.engine.pathways import initialize_pathways
 
+            initialize_pathways()
             core = EngineCore(config, report)
         except BaseException as error:  # handed to the caller, who raises it
             started.put(error)

@@ -8,48 +8,25 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Sharding, SingleDeviceSharding
 
 from jaxserve.config import EngineConfig, compile_cache_path
+from jaxserve.engine.abstract import AbstractEngine, abstract_engine
 from jaxserve.engine.executables import ExecutableStore, private_directory
 from jaxserve.engine.info import EngineInfo, EngineStats
 from jaxserve.engine.kv_scales import kv_scales_for, with_scales
 from jaxserve.engine.pages import PagePool
 from jaxserve.engine.prefix_cache import PrefixCache
 from jaxserve.engine.request import Request, Update
-from jaxserve.engine.runner import (
-    Bucket,
-    Pending,
-    Runner,
-    buckets_for,
-    compile_programs,
-    lower_step,
-)
+from jaxserve.engine.runner import Pending, Runner, compile_programs
 from jaxserve.engine.scheduler import Scheduler
 from jaxserve.engine.sequence import StepPlan
-from jaxserve.engine.settings import (
-    Dtypes,
-    Settings,
-    device_line,
-    dtypes_for,
-    eos_tokens_of,
-    num_pages_for,
-    settings_for,
-)
-from jaxserve.engine.step import DeviceState, StepSpec, init_state
-from jaxserve.mesh import mesh_for
+from jaxserve.engine.settings import device_line, eos_tokens_of, num_pages_for
+from jaxserve.engine.step import DeviceState, state_specs
 from jaxserve.models.checkpoint import open_checkpoint, resolve
-from jaxserve.models.loading import (
-    AbstractModel,
-    abstract_model,
-    dummy_params,
-    load_params,
-    stored_formats,
-)
+from jaxserve.models.loading import dummy_params, load_params, stored_formats
 
 Report = Callable[[str], None]
 
@@ -66,29 +43,31 @@ class EngineCore:
         started_s = time.monotonic()
         cache_dir = _use_compile_cache(compile_cache_path(config))
         loaded = _load(config, report)
-        num_pages = _num_pages(config, loaded)
-        limits = loaded.settings.limits
-        self._pool = PagePool(num_pages)
-        self._scheduler = _make_scheduler(config, loaded, self._pool)
-        self._runner = _make_runner(config, loaded, num_pages, cache_dir, report)
-        self.max_waiting = loaded.settings.max_waiting
+        engine = loaded.engine
+        num_pages = _num_pages(config, engine)
+        limits = engine.settings.limits
+        self._pools = [PagePool(num_pages) for _ in range(limits.num_ranks)]
+        self._scheduler = _make_scheduler(config, loaded, self._pools)
+        self._runner = _make_runner(loaded, num_pages, cache_dir, report)
+        self.max_waiting = engine.settings.max_waiting
         self.info = EngineInfo(
             model=config.model,
             max_model_len=limits.max_model_len,
-            vocab_size=limits.vocab_size,
+            vocab_size=engine.model.config.vocab_size,
             max_logprobs=config.max_logprobs,
-            max_num_seqs=limits.num_slots,
+            max_num_seqs=limits.num_slots * limits.num_ranks,
             max_num_batched_tokens=limits.max_step_tokens,
             page_size=limits.page_size,
-            num_pages=num_pages,
-            num_slots=limits.num_slots,
+            num_pages=num_pages * limits.num_ranks,
+            num_slots=limits.num_slots * limits.num_ranks,
             eos_tokens=loaded.eos_tokens,
             scheduling_policy=config.scheduling_policy,
-            quantization=loaded.model.quantization,
-            kv_cache_dtype=loaded.dtypes.kv_cache.name,
-            device=device_line(loaded.device),
-            dtype=loaded.dtypes.weights.name,
-            attention=loaded.settings.attention.backend,
+            quantization=engine.model.quantization,
+            kv_cache_dtype=engine.dtypes.kv_cache.name,
+            mesh=str(engine.shape),
+            device=device_line(engine.device),
+            dtype=engine.dtypes.weights.name,
+            attention=engine.settings.attention.backend,
             num_programs=self._runner.num_programs,
             ready_s=time.monotonic() - started_s,
         )
@@ -103,7 +82,8 @@ class EngineCore:
             f"ready in {self.info.ready_s:.1f} s: {self.info.device}, {self.info.dtype} weights "
             f"(quantised: {self.info.quantization}), {self.info.kv_cache_dtype} KV, "
             f"attention {self.info.attention}, "
-            f"{num_pages} pages of {limits.page_size} tokens, {limits.num_slots} slots, "
+            f"mesh {self.info.mesh}, {self.info.num_pages} pages of {limits.page_size} tokens, "
+            f"{self.info.num_slots} slots, "
             f"{self.info.num_programs} programs"
         )
 
@@ -153,7 +133,7 @@ class EngineCore:
         return EngineStats(
             num_running=scheduler.num_running,
             num_waiting=scheduler.num_waiting,
-            num_pages_free=self._pool.num_free,
+            num_pages_free=sum(pool.num_free for pool in self._pools),
             num_pages=self.info.num_pages,
             num_steps=self._runner.num_dispatches,
             prompt_tokens=totals.prompt_tokens,
@@ -190,94 +170,69 @@ class EngineCore:
 
 @dataclass(frozen=True, kw_only=True)
 class _Loaded:
-    """A model on its device, and every size but the number of pages."""
+    """A model on its devices."""
 
-    model: AbstractModel
+    engine: AbstractEngine
     params: tuple[jax.Array, ...]
-    dtypes: Dtypes
-    settings: Settings
-    device: jax.Device
     eos_tokens: tuple[int, ...]
     kv_scales: np.ndarray | None  # [layers, 2, kv_heads, head_dim] f32, of keys and values
 
-    def spec(self, max_logprobs: int) -> StepSpec:
-        return StepSpec(
-            limits=self.settings.limits,
-            max_logprobs=max_logprobs,
-            attention=self.settings.attention.backend,
-        )
-
 
 def _load(config: EngineConfig, report: Report) -> _Loaded:
-    """Reads the checkpoint onto the device."""
-    mesh = mesh_for(config.mesh)
-    device = mesh.devices.flat[0]
-    dtypes = dtypes_for(config, device.platform)
+    """Reads the checkpoint onto the devices."""
     is_dummy = config.load_format == "dummy"
     path = resolve(config.model, revision=config.revision)
     with open_checkpoint(path, has_weights=not is_dummy) as checkpoint:
-        model = abstract_model(
-            checkpoint.config,
-            mesh,
-            dtype=dtypes.weights,
-            activation_dtype=dtypes.activations,
-            quantization=config.quantization,
-            formats=stored_formats(checkpoint),
-        )
-        settings = settings_for(config, model, dtypes, device)
-        if settings.attention.warning is not None:
-            report(f"warning: {settings.attention.warning}")
+        engine = abstract_engine(config, checkpoint.config, formats=stored_formats(checkpoint))
+        model = engine.model
+        if (warning := engine.settings.attention.warning) is not None:
+            report(f"warning: {warning}")
         report(f"loading {config.model}: {model.num_params / 1e6:.0f}M parameters")
         if is_dummy:
             params = dummy_params(model, config.seed)
         else:
             params = load_params(model, checkpoint, progress(report, "loading"))
-        kv_scales = kv_scales_for(model, params, checkpoint, dtypes.kv_cache)
-        eos_tokens = eos_tokens_of(checkpoint.config, checkpoint.generation_config)
-    return _Loaded(
-        model=model,
-        params=params,
-        dtypes=dtypes,
-        settings=settings,
-        device=device,
-        eos_tokens=eos_tokens,
-        kv_scales=kv_scales,
-    )
+        return _Loaded(
+            engine=engine,
+            params=params,
+            eos_tokens=eos_tokens_of(checkpoint.config, checkpoint.generation_config),
+            kv_scales=kv_scales_for(model, params, checkpoint, engine.dtypes.kv_cache),
+        )
 
 
-def _num_pages(config: EngineConfig, loaded: _Loaded) -> int:
-    """Returns how many pages fit beside the weights and the largest program's temporaries."""
+def _num_pages(config: EngineConfig, engine: AbstractEngine) -> int:
+    """Returns how many pages of each rank fit beside weights and the largest program's rest."""
+    memory_bytes = (engine.device.memory_stats() or {}).get("bytes_limit")
     temporary_bytes = 0
-    if "bytes_limit" in (loaded.device.memory_stats() or {}):
-        largest = _buckets(loaded.settings)[-1]
-        sharding = SingleDeviceSharding(loaded.device)
-        num_pages = loaded.settings.limits.pages_per_sequence
-        state = abstract_state(loaded.settings, num_pages, sharding)
-        lowered = lower_step(loaded.model, loaded.spec(config.max_logprobs), state, largest)
+    if memory_bytes is not None:
+        limits = engine.settings.limits
+        lowered = engine.lower(engine.buckets[-1], limits.pages_per_sequence)
         analysis = lowered.compile().memory_analysis()
-        assert analysis is not None, loaded.device
+        assert analysis is not None, engine.device
         temporary_bytes = analysis.temp_size_in_bytes + analysis.output_size_in_bytes
     return num_pages_for(
         config,
-        loaded.settings,
-        device=loaded.device,
-        model_bytes=loaded.model.param_bytes,
+        engine.settings,
+        num_devices=engine.mesh.size,
+        memory_bytes=memory_bytes,
+        model_bytes=engine.model.device_bytes + engine.slot_bytes,
         temporary_bytes=temporary_bytes,
     )
 
 
-def _make_scheduler(config: EngineConfig, loaded: _Loaded, pool: PagePool) -> Scheduler:
-    limits = loaded.settings.limits
+def _make_scheduler(config: EngineConfig, loaded: _Loaded, pools: Sequence[PagePool]) -> Scheduler:
+    settings = loaded.engine.settings
+    limits = settings.limits
     return Scheduler(
-        pool,
-        PrefixCache(limits.page_size, enabled=config.enable_prefix_caching),
+        pools,
+        [PrefixCache(limits.page_size, enabled=config.enable_prefix_caching) for _ in pools],
         num_slots=limits.num_slots,
         max_step_tokens=limits.max_step_tokens,
         max_model_len=limits.max_model_len,
         page_size=limits.page_size,
         # The client counts what waits. Beyond that, free slots may be taken, and preempted
         # sequences come back.
-        max_waiting=loaded.settings.max_waiting + 2 * limits.num_slots,
+        max_waiting=settings.max_waiting + 2 * limits.num_slots * limits.num_ranks,
         eos_tokens=loaded.eos_tokens,
         max_page_grants=limits.max_grants,
         max_history_tokens=limits.max_history,
@@ -286,60 +241,46 @@ def _make_scheduler(config: EngineConfig, loaded: _Loaded, pool: PagePool) -> Sc
     )
 
 
-def _make_runner(
-    config: EngineConfig, loaded: _Loaded, num_pages: int, cache_dir: Path | None, report: Report
-) -> Runner:
-    spec = loaded.spec(config.max_logprobs)
-    state = abstract_state(loaded.settings, num_pages, SingleDeviceSharding(loaded.device))
+def _make_runner(loaded: _Loaded, num_pages: int, cache_dir: Path | None, report: Report) -> Runner:
+    engine = loaded.engine
     store = None
     if cache_dir is not None:
         store = ExecutableStore(
             cache_dir,
-            [loaded.device],
-            loaded.model.config,
-            loaded.model.parameters,  # quantised or not, and how they are multiplied
-            loaded.dtypes,
-            spec,
+            list(engine.mesh.devices.flat),
+            engine.model.config,
+            engine.model.parameters,  # quantised or not, and how they are multiplied
+            engine.dtypes,
+            engine.spec,
             num_pages,
         )
         store.prune()
-    runner = Runner(spec=spec, params=loaded.params, state=_initial_state(loaded, num_pages))
-    buckets = _buckets(loaded.settings)
+    state = _initial_state(loaded, num_pages)
+    runner = Runner(spec=engine.spec, params=loaded.params, state=state)
+    buckets = engine.buckets
     report(
         f"compiling {len(buckets)} programs (a first start takes a minute or more, later seconds)"
     )
     advance = progress(report, "compiling")
-    for bucket, program in compile_programs(loaded.model, spec, state, buckets, store):
+    programs = compile_programs(engine.model, engine.spec, engine.state(num_pages), buckets, store)
+    for bucket, program in programs:
         runner.hold(bucket, program)
         advance(runner.num_programs, len(buckets))
     return runner
 
 
-def _buckets(settings: Settings) -> tuple[Bucket, ...]:
-    limits = settings.limits
-    return buckets_for(limits.max_step_tokens, limits.num_slots, settings.min_rows)
-
-
 def _initial_state(loaded: _Loaded, num_pages: int) -> DeviceState:
-    sharding = SingleDeviceSharding(loaded.device)
-    state = jax.jit(_state_maker(loaded.settings, num_pages), out_shardings=sharding)()
+    engine = loaded.engine
+    on_mesh = jax.shard_map(
+        functools.partial(engine.init_state, num_pages),
+        mesh=engine.mesh,
+        in_specs=(),
+        out_specs=state_specs(engine.mesh),
+    )
+    state: DeviceState = jax.jit(on_mesh)()
     if loaded.kv_scales is None:
         return state
     return dataclasses.replace(state, cache=with_scales(state.cache, loaded.kv_scales))
-
-
-def abstract_state(settings: Settings, num_pages: int, sharding: Sharding) -> Any:
-    """Returns the shapes of the device state, a DeviceState of ShapeDtypeStructs."""
-    return jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        jax.eval_shape(_state_maker(settings, num_pages)),
-    )
-
-
-def _state_maker(settings: Settings, num_pages: int) -> Callable[[], DeviceState]:
-    return functools.partial(
-        init_state, settings.limits, settings.layout, settings.num_layers, num_pages
-    )
 
 
 def _use_compile_cache(path: Path | None) -> Path | None:

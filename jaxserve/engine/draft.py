@@ -1,4 +1,4 @@
-"""A plan in the making: what each limit of a step has left, and what was decided so far.
+"""A plan in the making: what each limit of a rank has left, and what was decided so far.
 
 Host only: imports no jax.
 """
@@ -9,7 +9,7 @@ from jaxserve.engine.sequence import Grant, Sequence, Span, StepPlan
 
 
 class Draft:
-    """A plan in the making: what is left of each limit, and what was decided so far."""
+    """One rank's part of a plan: what is left of each limit, and what was decided so far."""
 
     __slots__ = (
         "admitted",
@@ -78,20 +78,32 @@ class Draft:
         if (grant := self.grants.pop(sequence, None)) is not None:
             self.grants_left += len(grant.pages)
 
-    def plan(self) -> StepPlan | None:
-        """Returns the complete plan, or None if nothing is to be computed."""
-        spans = (*self.decodes.values(), *self.others.values())
-        if not spans:
-            return None
-        return StepPlan(
-            spans=spans,
-            num_decode=len(self.decodes),
-            grants=tuple(self.grants.values()),
-            admitted=tuple(self.admitted),
-            preempted=tuple(self.preempted),
-            num_tokens=self.max_tokens - self.tokens_left,
-            num_rows=self.max_rows - self.rows_left,
-        )
+
+def plan_of(drafts: list[Draft]) -> StepPlan | None:
+    """Returns the plan that all ranks' drafts make, or None if nothing is to be computed."""
+    decodes: list[Span] = []
+    others: list[Span] = []
+    grants: list[Grant] = []
+    admitted: list[Sequence] = []
+    preempted: list[Sequence] = []
+    for draft in drafts:
+        decodes += draft.decodes.values()
+        others += draft.others.values()
+        grants += draft.grants.values()
+        admitted += draft.admitted
+        preempted += draft.preempted
+    if not decodes and not others:
+        return None
+    return StepPlan(
+        spans=(*decodes, *others),
+        num_decode=len(decodes),
+        grants=tuple(grants),
+        admitted=tuple(admitted),
+        preempted=tuple(preempted),
+        num_sequences=max([len(draft.decodes) + len(draft.others) for draft in drafts]),
+        num_tokens=max([draft.max_tokens - draft.tokens_left for draft in drafts]),
+        num_rows=max([draft.max_rows - draft.rows_left for draft in drafts]),
+    )
 
 
 def span_for(sequence: Sequence, start: int, draft: Draft, end_limit: int) -> Span | None:

@@ -22,7 +22,8 @@ class EngineInfo:
     num_pages: int
     num_slots: int
     eos_tokens: tuple[int, ...]
-    device: str
+    device: str  # each of the mesh
+    mesh: str = "1x1"  # data x tensor
     dtype: str  # of weights that are not quantised
     quantization: str  # types of weights that are, or "none"
     kv_cache_dtype: str

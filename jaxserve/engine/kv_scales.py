@@ -10,6 +10,7 @@ import numpy as np
 from flax import nnx
 
 from jaxserve.batch import Batch, Cache, ScaledCache
+from jaxserve.mesh import num_parts
 from jaxserve.models.checkpoint import Checkpoint
 from jaxserve.models.checkpoint.kv_scales import read_kv_peaks
 from jaxserve.models.loading import AbstractModel
@@ -55,14 +56,22 @@ def with_scales(
     scales: np.ndarray,  # [layers, 2, kv_heads, head_dim] f32, of keys and values
 ) -> Cache:
     """Returns a cache of 8-bit numbers with these scales, on the devices of those it had."""
+
+    def put(scale: np.ndarray, had: jax.Array) -> jax.Array:
+        mesh = had.sharding.mesh  # type: ignore[attr-defined]  # a NamedSharding, as the step's
+        parts = num_parts(mesh, "kv_heads")
+        # Every rank, every copy: one part for each device, in the order of the mesh.
+        shape = (num_parts(mesh, "rank"), parts, mesh.size // num_parts(mesh, "rank") // parts)
+        split = scale.reshape(parts, -1, scale.shape[1])
+        whole = np.broadcast_to(split[None, :, None], (*shape, *split.shape[1:]))
+        return jax.device_put(whole.reshape(had.shape), had.sharding)
+
     layers = []
     for layer, (k_scale, v_scale) in zip(cache, scales, strict=True):
         assert isinstance(layer, ScaledCache), type(layer)
         layers.append(
             dataclasses.replace(
-                layer,
-                k_scale=jax.device_put(k_scale, layer.k_scale.sharding),
-                v_scale=jax.device_put(v_scale, layer.v_scale.sharding),
+                layer, k_scale=put(k_scale, layer.k_scale), v_scale=put(v_scale, layer.v_scale)
             )
         )
     return tuple(layers)

@@ -6,9 +6,10 @@ that reads them. Host only, but for numpy: imports no jax.
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
@@ -26,10 +27,12 @@ from jaxserve.engine.sequence import Sequence, Span, StepPlan
 NUM_FLOATS = 7  # of SamplingState.floats
 NUM_INTS = 7  # of SamplingState.ints
 
+Parts = dict[str, np.ndarray]  # of one rank's upload, by name, as `Layout.split` returns them
+
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """The sizes that every step shares."""
+    """The sizes that every step shares, of one rank where nothing else is said."""
 
     num_slots: int
     pages_per_sequence: int
@@ -38,6 +41,7 @@ class Limits:
     max_model_len: int
     max_step_tokens: int
     max_wide: int = 4  # admissions with lists of tokens, in one step
+    num_ranks: int = 1  # of the data axis
 
     @property
     def max_history(self) -> int:
@@ -66,18 +70,23 @@ class Layout:
         """The number of int32 values."""
         return sum(math.prod(shape) for _, shape in self.parts)
 
+    @cached_property
+    def _places(self) -> tuple[tuple[str, slice, tuple[int, ...]], ...]:
+        stops = list(itertools.accumulate(math.prod(shape) for _, shape in self.parts))
+        starts = [0, *stops[:-1]]
+        return tuple(
+            (name, slice(start, stop), shape)
+            for (name, shape), start, stop in zip(self.parts, starts, stops, strict=True)
+        )
+
     def split(self, flat: Any) -> dict[str, Any]:
         """Returns each part, shaped; views of a numpy array, slices of a traced one."""
-        views, start = {}, 0
-        for name, shape in self.parts:
-            stop = start + math.prod(shape)
-            views[name] = flat[start:stop].reshape(shape)
-            start = stop
-        return views
+        return {name: flat[place].reshape(shape) for name, place, shape in self._places}
 
 
+@lru_cache(maxsize=64)  # every step asks for one of its few buckets'
 def blob_layout(limits: Limits, num_tokens: int, num_rows: int) -> Layout:
-    """Returns the blob of a step of the bucket (`num_tokens`, `num_rows`)."""
+    """Returns one rank's blob, of a step of the bucket (`num_tokens`, `num_rows`)."""
     rows = (num_rows,)
     grants = (limits.max_grants,)
     return Layout(
@@ -102,8 +111,9 @@ def blob_layout(limits: Limits, num_tokens: int, num_rows: int) -> Layout:
     )
 
 
+@lru_cache(maxsize=16)
 def extras_layout(limits: Limits) -> Layout:
-    """Returns the second upload, for steps that admit a sequence with lists of tokens."""
+    """Returns one rank's second upload, for steps that admit sequences with lists of tokens."""
     wide, history = limits.max_wide, (limits.max_history,)
     return Layout(
         (
@@ -127,57 +137,54 @@ class Packed:
 
     num_tokens: int  # bucket
     num_rows: int  # bucket
-    blob: np.ndarray  # [blob_layout.size] i32
-    extras: np.ndarray | None  # [extras_layout.size] i32
+    blob: np.ndarray  # [ranks, blob_layout.size] i32
+    extras: np.ndarray | None  # [ranks, extras_layout.size] i32
     spans: tuple[Span, ...]  # in plan order
-    first_rows: tuple[int, ...]  # of each span's rows of logits
+    places: tuple[tuple[int, int], ...]  # (rank, first row of logits) of each span
 
 
 def pack(plan: StepPlan, limits: Limits, buckets: tuple[tuple[int, int], ...]) -> Packed:
-    """Returns the arrays of a plan in the smallest bucket that holds it."""
+    """Returns the arrays of a plan in the smallest bucket that holds it on every rank."""
     num_tokens, num_rows = bucket_for(plan, buckets)
     blob = empty_blob(limits, num_tokens, num_rows)
-    parts = blob_layout(limits, num_tokens, num_rows).split(blob)
-    order = sorted(range(len(plan.spans)), key=lambda index: plan.spans[index].count > 1)
-    parts["counts"][:] = sum(span.count == 1 for span in plan.spans), len(plan.spans)
-    first_rows = _pack_spans(parts, plan.spans, order)
-    _pack_grants(parts, plan, limits)
-    for row, sequence in enumerate(plan.admitted):
-        parts["admitted_slots"][row] = sequence.slot
-        floats, ints = narrow_params(sequence)
-        parts["admitted_floats"][row] = floats.view(np.int32)
-        parts["admitted_ints"][row] = ints
-    extras = _pack_extras(plan.admitted, limits)
-    parts["has_extras"][0] = extras is not None
+    layout = blob_layout(limits, num_tokens, num_rows)
+    ranks = [layout.split(part) for part in blob]
+    places = _pack_spans(ranks, plan.spans)
+    _pack_grants(ranks, plan, limits)
+    _pack_admitted(ranks, plan.admitted)
+    extras = _pack_extras(ranks, plan.admitted, limits)
     return Packed(
         num_tokens=num_tokens,
         num_rows=num_rows,
         blob=blob,
         extras=extras,
         spans=plan.spans,
-        first_rows=first_rows,
+        places=places,
     )
 
 
-def empty_blob(limits: Limits, num_tokens: int, num_rows: int) -> np.ndarray:  # [size] i32
+def empty_blob(
+    limits: Limits, num_tokens: int, num_rows: int
+) -> np.ndarray:  # [ranks, blob_layout.size] i32
     """Returns the blob of a step that computes nothing: padding everywhere."""
     layout = blob_layout(limits, num_tokens, num_rows)
-    blob = np.zeros(layout.size, np.int32)
-    parts = layout.split(blob)
+    blob = np.zeros((limits.num_ranks, layout.size), np.int32)
+    parts = layout.split(blob[0])
     for name in ("sequence_slots", "row_slots", "admitted_slots"):
         parts[name].fill(limits.num_slots)
     parts["row_targets"].fill(-1)
     parts["grant_places"].fill(limits.num_slots * limits.pages_per_sequence)
+    blob[1:] = blob[0]
     return blob
 
 
 def bucket_for(plan: StepPlan, buckets: tuple[tuple[int, int], ...]) -> tuple[int, int]:
-    """Returns the first of the sorted (tokens, rows) buckets that holds the plan.
+    """Returns the first of the sorted (tokens, rows) buckets that holds the plan on every rank.
 
     A bucket with as many rows as tokens takes one-token sequences only.
     """
-    rows = max(plan.num_rows, len(plan.spans))
-    is_single = plan.num_tokens == len(plan.spans)
+    rows = max(plan.num_rows, plan.num_sequences)
+    is_single = all(span.count == 1 for span in plan.spans[plan.num_decode :])
     for num_tokens, num_rows in buckets:
         fits = plan.num_tokens <= num_tokens and rows <= num_rows
         if fits and (is_single or num_rows < num_tokens):
@@ -185,46 +192,83 @@ def bucket_for(plan: StepPlan, buckets: tuple[tuple[int, int], ...]) -> tuple[in
     raise AssertionError(f"{plan.num_tokens=} {rows=} exceed {buckets=}")
 
 
-def _pack_spans(
-    parts: dict[str, np.ndarray], spans: tuple[Span, ...], order: list[int]
-) -> tuple[int, ...]:
-    """Writes the spans, one-token ones first; returns each span's first row of logits."""
-    first_rows = [0] * len(spans)
-    token, row = 0, 0
-    cu_q_lens = parts["cu_q_lens"]
-    for place, index in enumerate(order):
-        span = spans[index]
-        sequence, start, count = span.sequence, span.start, span.count
-        assert sequence.slot is not None
-        if span.takes_device_token:
-            parts["takes_device_token"][place] = 1
-        else:
-            parts["tokens"][token : token + count] = sequence.tokens[start : start + count]
-        parts["sequence_slots"][place] = sequence.slot
-        parts["kv_lens"][place] = start + count
-        first_rows[index] = row
-        for offset in range(count - span.num_rows, count):
-            parts["row_tokens"][row] = token + offset
-            parts["row_slots"][row] = sequence.slot
-            if not (span.samples and offset == count - 1):
-                parts["row_targets"][row] = sequence.tokens[start + offset + 1]
-            row += 1
+def _pack_spans(ranks: list[Parts], spans: tuple[Span, ...]) -> tuple[tuple[int, int], ...]:
+    """Writes the spans; returns each one's rank and first row of logits."""
+    singles: list[list[int]] = [[] for _ in ranks]
+    longer: list[list[int]] = [[] for _ in ranks]
+    for index, span in enumerate(spans):
+        rank = span.sequence.rank
+        assert rank is not None
+        (singles if span.count == 1 else longer)[rank].append(index)
+    places = [(0, 0)] * len(spans)
+    for rank, parts in enumerate(ranks):
+        order = singles[rank] + longer[rank]
+        if not order:
+            continue
+        parts["counts"][:] = len(singles[rank]), len(order)
+        first_rows = _pack_rank(parts, [spans[index] for index in order])
+        for index, row in zip(order, first_rows, strict=True):
+            places[index] = rank, row
+    return tuple(places)
+
+
+def _pack_rank(parts: Parts, spans: list[Span]) -> list[int]:
+    """Writes one rank's spans, in this order; returns each span's first row of logits."""
+    first_rows: list[int] = []
+    slots, lens, takes, ends = [], [], [], []
+    row_tokens: list[int] = []
+    row_slots, row_targets = [], []
+    tokens = parts["tokens"]
+    token = 0
+    for sequence, start, count, samples, takes_device_token, num_rows in spans:
+        if not takes_device_token:
+            tokens[token : token + count] = sequence.tokens[start : start + count]
+        slots.append(sequence.slot)
+        lens.append(start + count)
+        takes.append(takes_device_token)
+        first_rows.append(len(row_tokens))
+        for offset in range(count - num_rows, count):
+            chooses = samples and offset == count - 1
+            row_tokens.append(token + offset)
+            row_slots.append(sequence.slot)
+            row_targets.append(-1 if chooses else sequence.tokens[start + offset + 1])
         token += count
-        cu_q_lens[place + 1] = token
-    cu_q_lens[len(spans) + 1 :] = token
-    return tuple(first_rows)
+        ends.append(token)
+    num_spans, num_rows = len(spans), len(row_tokens)
+    # One write for each part: a write for each value would take most of the packing's time.
+    parts["sequence_slots"][:num_spans] = slots
+    parts["kv_lens"][:num_spans] = lens
+    parts["takes_device_token"][:num_spans] = takes
+    parts["cu_q_lens"][1 : num_spans + 1] = ends
+    parts["cu_q_lens"][num_spans + 1 :] = token
+    parts["row_tokens"][:num_rows] = row_tokens
+    parts["row_slots"][:num_rows] = row_slots
+    parts["row_targets"][:num_rows] = row_targets
+    return first_rows
 
 
-def _pack_grants(parts: dict[str, np.ndarray], plan: StepPlan, limits: Limits) -> None:
-    places, pages = parts["grant_places"], parts["grant_pages"]
-    count = 0
+def _pack_grants(ranks: list[Parts], plan: StepPlan, limits: Limits) -> None:
+    counts = [0] * len(ranks)
     for sequence, first_index, granted in plan.grants:
-        assert sequence.slot is not None
+        assert sequence.rank is not None and sequence.slot is not None
+        parts, count = ranks[sequence.rank], counts[sequence.rank]
         first = sequence.slot * limits.pages_per_sequence + first_index
         stop = count + len(granted)
-        places[count:stop] = np.arange(first, first + len(granted))
-        pages[count:stop] = granted
-        count = stop
+        parts["grant_places"][count:stop] = np.arange(first, first + len(granted))
+        parts["grant_pages"][count:stop] = granted
+        counts[sequence.rank] = stop
+
+
+def _pack_admitted(ranks: list[Parts], admitted: tuple[Sequence, ...]) -> None:
+    counts = [0] * len(ranks)
+    for sequence in admitted:
+        assert sequence.rank is not None
+        parts, row = ranks[sequence.rank], counts[sequence.rank]
+        parts["admitted_slots"][row] = sequence.slot
+        floats, ints = narrow_params(sequence)
+        parts["admitted_floats"][row] = floats.view(np.int32)
+        parts["admitted_ints"][row] = ints
+        counts[sequence.rank] += 1
 
 
 def narrow_params(sequence: Sequence) -> tuple[np.ndarray, np.ndarray]:
@@ -266,19 +310,43 @@ def _options(params: SamplingParams) -> int:
     return bias | allowed | bad_words
 
 
-def _pack_extras(admitted: tuple[Sequence, ...], limits: Limits) -> np.ndarray | None:
-    wide = [sequence for sequence in admitted if sequence.is_wide]
-    counted = [sequence for sequence in admitted if sequence.request.params.has_penalties]
-    if not wide and not counted:
+def _pack_extras(
+    ranks: list[Parts], admitted: tuple[Sequence, ...], limits: Limits
+) -> np.ndarray | None:  # [ranks, extras_layout.size] i32
+    """Returns the second upload, if any rank needs it, and says in the blobs which ranks do."""
+    if not admitted:
         return None
     layout = extras_layout(limits)
-    extras = np.zeros(layout.size, np.int32)
-    parts = layout.split(extras)
+    extras = None
+    for rank, blob_parts in enumerate(ranks):
+        members = [sequence for sequence in admitted if sequence.rank == rank]
+        wide = [sequence for sequence in members if sequence.is_wide]
+        counted = [sequence for sequence in members if sequence.request.params.has_penalties]
+        if not wide and not counted:
+            continue
+        blob_parts["has_extras"][0] = 1
+        if extras is None:
+            extras = empty_extras(limits)
+        parts = layout.split(extras[rank])
+        for row, sequence in enumerate(wide):
+            _pack_wide({name: part[row] for name, part in parts.items()}, sequence, limits)
+            parts["wide_slots"][row] = sequence.slot
+        _pack_history(parts, counted)
+    return extras
+
+
+def empty_extras(limits: Limits) -> np.ndarray:  # [ranks, extras_layout.size] i32
+    """Returns a second upload that tells nothing of any slot."""
+    layout = extras_layout(limits)
+    extras = np.zeros((limits.num_ranks, layout.size), np.int32)
+    parts = layout.split(extras[0])
     parts["wide_slots"].fill(limits.num_slots)
     parts["history_slots"].fill(limits.num_slots)
-    for row, sequence in enumerate(wide):
-        _pack_wide({name: part[row] for name, part in parts.items()}, sequence, limits)
-        parts["wide_slots"][row] = sequence.slot
+    extras[1:] = extras[0]
+    return extras
+
+
+def _pack_history(parts: Parts, counted: list[Sequence]) -> None:
     count = 0
     for sequence in counted:
         stop = count + len(sequence.tokens)
@@ -286,10 +354,9 @@ def _pack_extras(admitted: tuple[Sequence, ...], limits: Limits) -> np.ndarray |
         parts["history_tokens"][count:stop] = sequence.tokens
         parts["history_is_output"][count + sequence.num_prompt : stop] = 1
         count = stop
-    return extras
 
 
-def _pack_wide(row: dict[str, np.ndarray], sequence: Sequence, limits: Limits) -> None:
+def _pack_wide(row: Parts, sequence: Sequence, limits: Limits) -> None:
     params = sequence.request.params
     row["bias_tokens"].fill(limits.vocab_size)
     if params.logit_bias:

@@ -12,12 +12,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 
 from jaxserve.engine.executables import ExecutableStore
+from jaxserve.engine.jax_compat import accept_packed_arguments
 from jaxserve.engine.packing import Packed, blob_layout, empty_blob, extras_layout, pack
 from jaxserve.engine.request import TokenLogprobs
 from jaxserve.engine.sequence import SpanResult, StepPlan
-from jaxserve.engine.step import DeviceState, StepSpec, make_step
+from jaxserve.engine.step import RANK, DeviceState, StepSpec, make_step
 from jaxserve.errors import ConfigError
 from jaxserve.models.loading import AbstractModel
 
@@ -30,7 +32,7 @@ class Pending:
 
     plan: StepPlan
     packed: Packed
-    output: jax.Array  # [rows, 3 + 2 * max_logprobs] i32, on its way to the host
+    output: jax.Array  # [ranks * rows, 3 + 2 * max_logprobs] i32, on its way to the host
     dispatched_s: float  # time.monotonic()
 
     def is_done(self) -> bool:
@@ -56,7 +58,9 @@ class Runner:
         self._state = state
         self._programs: dict[Bucket, jax.stages.Compiled] = {}
         self._buckets: tuple[Bucket, ...] = ()
-        self._no_extras = jax.device_put(np.zeros(extras_layout(spec.limits).size, np.int32))
+        self._by_rank = NamedSharding(spec.mesh, RANK)
+        no_extras = np.zeros((spec.limits.num_ranks, extras_layout(spec.limits).size), np.int32)
+        self._no_extras = jax.device_put(no_extras, self._by_rank)
         self._no_grammar: dict[int, jax.Array] = {}  # by rows
         self.num_dispatches = 0
 
@@ -76,17 +80,20 @@ class Runner:
 
         The CPU backend builds its matrix kernels on the first run, the better part of a second.
         """
-        mask = np.zeros((bucket[1], self._spec.limits.mask_words), np.uint32)
-        self._no_grammar.setdefault(bucket[1], jax.device_put(mask))
+        limits = self._spec.limits
+        mask = np.zeros((limits.num_ranks * bucket[1], limits.mask_words), np.uint32)
+        self._no_grammar.setdefault(bucket[1], jax.device_put(mask, self._by_rank))
         self._programs[bucket] = program
         self._buckets = tuple(sorted(self._programs))
-        blob = empty_blob(self._spec.limits, *bucket)
+        blob = empty_blob(limits, *bucket)
         jax.block_until_ready(self._run(bucket, blob, self._no_extras))
 
     def dispatch(self, plan: StepPlan) -> Pending:
         """Starts the plan's step, and returns without waiting for it."""
         packed = pack(plan, self._spec.limits, self._buckets)
-        extras = self._no_extras if packed.extras is None else jax.device_put(packed.extras)
+        extras = self._no_extras
+        if packed.extras is not None:
+            extras = jax.device_put(packed.extras, self._by_rank)
         output = self._run((packed.num_tokens, packed.num_rows), packed.blob, extras)
         output.copy_to_host_async()
         self.num_dispatches += 1
@@ -95,7 +102,11 @@ class Runner:
     def _run(self, bucket: Bucket, blob: np.ndarray, extras: jax.Array) -> jax.Array:
         """Calls a bucket's program; the only place that does."""
         self._state, output = self._programs[bucket](
-            self._params, self._state, jax.device_put(blob), extras, self._no_grammar[bucket[1]]
+            self._params,
+            self._state,
+            jax.device_put(blob, self._by_rank),
+            extras,
+            self._no_grammar[bucket[1]],
         )
         return output
 
@@ -104,7 +115,8 @@ class Runner:
         report = np.asarray(pending.output)
         tokens = report[:, 0].tolist()
         results = []
-        for span, row in zip(pending.packed.spans, pending.packed.first_rows, strict=True):
+        for span, (rank, first) in zip(pending.packed.spans, pending.packed.places, strict=True):
+            row = rank * pending.packed.num_rows + first
             params = span.sequence.request.params
             last = row + span.num_rows - 1
             scored = range(row, row + span.num_rows - span.samples)
@@ -185,7 +197,7 @@ def compile_programs(
     def build(bucket: Bucket) -> jax.stages.Compiled:
         if store is not None and (compiled := store.load(bucket)) is not None:
             return compiled
-        compiled = lower_step(model, spec, state, bucket).compile()
+        compiled = accept_packed_arguments(lower_step(model, spec, state, bucket).compile())
         if store is not None:
             # Without a place on disk the engine still runs; the next start compiles again.
             with contextlib.suppress(OSError, ValueError):
@@ -206,15 +218,16 @@ def lower_step(
 ) -> jax.stages.Lowered:
     """Returns the lowered step of one bucket; the arguments are those `Runner.dispatch` passes."""
     num_tokens, num_rows = bucket
-    sharding = jax.tree.leaves(state)[0].sharding
+    limits, num_ranks = spec.limits, spec.limits.num_ranks
+    by_rank = NamedSharding(spec.mesh, RANK)
 
     def array(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=by_rank)
 
-    return make_step(spec, model.graph, model.tree, bucket).lower(
+    return make_step(spec, model, bucket).lower(
         model.shapes,
         state,
-        array((blob_layout(spec.limits, num_tokens, num_rows).size,), jnp.int32),
-        array((extras_layout(spec.limits).size,), jnp.int32),
-        array((num_rows, spec.limits.mask_words), jnp.uint32),
+        array((num_ranks, blob_layout(limits, num_tokens, num_rows).size), jnp.int32),
+        array((num_ranks, extras_layout(limits).size), jnp.int32),
+        array((num_ranks * num_rows, limits.mask_words), jnp.uint32),
     )

@@ -3,6 +3,10 @@
 One rule covers prefill, chunked prefill, prefix hits and decode: a sequence has tokens to compute,
 a step has a token budget. Decodes come first, then prefills in order, then admissions.
 
+The ranks of the data axis run each step together, each with slots, pages and budgets of its own
+(`Rank`). Requests wait in one queue and are bound to a rank only when one admits them, so that no
+rank stands idle beside a queue; a preempted one may go on at another rank.
+
 `plan_step` reserves slots and pages as it decides, since whether pages can be had (and who is
 preempted for them) is itself the decision; what each span may compute is a pure function of the
 sequence and of what is left (`span_for`). Progress is recorded in one place, once the plan is
@@ -13,21 +17,26 @@ Host only: imports no jax.
 
 from __future__ import annotations
 
-import heapq
 from bisect import bisect_left, insort
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import Literal
 
-from jaxserve.engine.draft import Draft, span_for
+from jaxserve.engine.draft import Draft, plan_of
 from jaxserve.engine.pages import PagePool
 from jaxserve.engine.prefix_cache import PrefixCache
+from jaxserve.engine.rank import Rank
 from jaxserve.engine.request import FinishReason, Request, TokenLogprobs, Update
-from jaxserve.engine.sequence import Sequence, Span, SpanResult, StepPlan, end_of, sequence_for
+from jaxserve.engine.sequence import Sequence, SpanResult, StepPlan, end_of, sequence_for
 from jaxserve.errors import PromptTooLong, QueueFull, RequestError
 
 _key_of = attrgetter("key")
+
+# What a page that is hit outweighs of a rank's load (`Rank.load`). Computing a page of prompt takes
+# about as long as reading its keys and values in several hundred decode steps, an answer's worth:
+# the rank that holds a prefix gets the sequence unless it is busier by more than twice the hit.
+_HIT_WORTH = 2
 
 
 @dataclass(slots=True)
@@ -45,7 +54,7 @@ class SchedulerTotals:
 
 
 class Scheduler:
-    """Owns the sequences in flight, their order, their slots and, through the pool, their pages.
+    """Owns the sequences in flight, their order and, through the ranks, their slots and pages.
 
     Made for one step in flight while the next is planned:
 
@@ -59,9 +68,10 @@ class Scheduler:
 
     def __init__(
         self,
-        pool: PagePool,
-        prefix_cache: PrefixCache,
+        pools: Iterable[PagePool],  # of each rank
+        prefix_caches: Iterable[PrefixCache],  # of each rank
         *,
+        # All limits but `max_waiting` are of one rank.
         num_slots: int,
         max_step_tokens: int,
         max_model_len: int,  # prompt and outputs together
@@ -77,22 +87,22 @@ class Scheduler:
         pages_per_sequence = -(-max_model_len // page_size)
         max_step_rows = num_slots if max_step_rows is None else max_step_rows
         assert min(num_slots, max_step_tokens, max_step_rows, max_waiting) > 0
-        assert page_size == prefix_cache.page_size, f"{page_size=} {prefix_cache.page_size=}"
-        # Alone, the longest sequence must fit, or it would wait for ever.
-        assert pages_per_sequence <= pool.num_pages, f"{pages_per_sequence=} {pool.num_pages=}"
+        self._ranks: list[Rank] = []
+        for pool, prefix_cache in zip(pools, prefix_caches, strict=True):
+            assert page_size == prefix_cache.page_size, f"{page_size=} {prefix_cache.page_size=}"
+            # Alone, the longest sequence must fit, or it would wait for ever.
+            assert pages_per_sequence <= pool.num_pages, f"{pages_per_sequence=} {pool.num_pages=}"
+            self._ranks.append(Rank(len(self._ranks), pool, prefix_cache, num_slots=num_slots))
+        assert self._ranks
         assert pages_per_sequence <= max_page_grants, f"{pages_per_sequence=} {max_page_grants=}"
         assert max_model_len <= max_history_tokens, f"{max_model_len=} {max_history_tokens=}"
         assert max_wide_admissions > 0
-        self.running: list[Sequence] = []  # by key; others only read it
         self.waiting: list[Sequence] = []  # by key; others only read it
         self.totals = SchedulerTotals()
-        self._pool = pool
-        self._prefix_cache = prefix_cache
-        self._num_slots = num_slots
         self._max_model_len = max_model_len
-        self._page_size = page_size
         self._max_waiting = max_waiting
         self._eos_tokens = frozenset(eos_tokens)
+        self._has_prefix_caches = any(rank.has_prefix_cache for rank in self._ranks)
         self._has_priorities = policy == "priority"
         self._limits = {
             "tokens": max_step_tokens,
@@ -101,9 +111,6 @@ class Scheduler:
             "history": max_history_tokens,
             "wide": max_wide_admissions,
         }
-        # Room for the running to grow into, so that an admission is not preempted at once.
-        self._num_reserve_pages = max(1, pool.num_pages // 100)
-        self._free_slots = list(range(num_slots))  # a heap: low slots first
         self._sequences: dict[str, Sequence] = {}
         self._num_added = 0
 
@@ -113,9 +120,14 @@ class Scheduler:
         return bool(self._sequences)
 
     @property
+    def running(self) -> list[Sequence]:
+        """The sequences that hold a slot: by rank, then by key."""
+        return [sequence for rank in self._ranks for sequence in rank.running]
+
+    @property
     def num_running(self) -> int:
         """The number of sequences that hold a slot."""
-        return len(self.running)
+        return sum(len(rank.running) for rank in self._ranks)
 
     @property
     def num_waiting(self) -> int:
@@ -158,19 +170,15 @@ class Scheduler:
 
         With None, commit the step in flight, if there is one, and ask again.
         """
-        draft = Draft(**self._limits)
-        prefills = self._plan_decodes(draft)
-        for sequence in prefills:
-            if draft.tokens_left == 0:
-                break
-            if sequence.slot is not None:
-                self._plan_prefill(draft, sequence)
-        # Those just preempted come first, and pages are short: nobody new in the same step.
-        if not draft.preempted:
-            while self.waiting and self._free_slots and draft.tokens_left:
-                if not self._admit(draft, self.waiting[0]):
-                    break
-        plan = draft.plan()
+        drafts = [Draft(**self._limits) for _ in self._ranks]
+        for rank, draft in zip(self._ranks, drafts, strict=True):
+            rank.plan_running(draft)
+            self.totals.num_preemptions += len(draft.preempted)
+            for sequence in draft.preempted:
+                insort(self.waiting, sequence, key=_key_of)
+        while self.waiting and self._admit(drafts):
+            pass
+        plan = plan_of(drafts)
         if plan is not None:
             self._advance(plan)
         return plan
@@ -196,141 +204,44 @@ class Scheduler:
 
     def check_idle(self) -> None:
         """Asserts that without work nothing is held: all pages and all slots are free."""
-        assert not self._sequences and not self.running and not self.waiting
-        assert len(self._free_slots) == self._num_slots, f"{self._free_slots=}"
-        self._pool.check()
-        self._prefix_cache.check()
-        assert self._pool.num_free == self._pool.num_pages, f"{self._pool.num_free=}"
+        assert not self._sequences and not self.waiting
+        for rank in self._ranks:
+            rank.check_idle()
 
-    def _plan_decodes(self, draft: Draft) -> list[Sequence]:
-        """Gives each running sequence with one token to compute its span; returns the others."""
-        prefills = []
-        page_size = self._page_size
-        index = 0
-        # Preemption shortens the list from its end, so an iterator would not do.
-        while index < len(self.running):
-            sequence = self.running[index]
-            index += 1
-            num_known = len(sequence.tokens)
-            num_total = num_known + sequence.num_in_flight
-            if num_total >= sequence.max_total:
-                continue  # its last token is in flight
-            start = sequence.num_computed
-            if num_total - start > 1:
-                prefills.append(sequence)
-                continue
-            if not draft.tokens_left or not draft.rows_left:
-                continue
-            if start == len(sequence.pages) * page_size and not self._grow(draft, sequence):
-                continue
-            draft.add(Span(sequence, start, 1, True, start >= num_known, 1))
-        return prefills
+    def _admit(self, drafts: list[Draft]) -> bool:
+        """Moves the first waiting sequence to a rank with its first span, or returns False.
 
-    def _plan_prefill(self, draft: Draft, sequence: Sequence) -> None:
-        """Gives a running sequence as much as the limits and the free pages allow."""
-        start = sequence.num_computed
-        if span_for(sequence, start, draft, self._max_model_len) is None:
-            return
-        # One page is worth a preemption, if there is not even a part of one; more are only taken
-        # where they are free.
-        if start == len(sequence.pages) * self._page_size and not self._grow(draft, sequence):
-            return
-        num_pages = len(sequence.pages) + min(self._pool.num_free, draft.grants_left)
-        span = span_for(sequence, start, draft, num_pages * self._page_size)
-        assert span is not None, f"{start=} {num_pages=}"
-        draft.grant(sequence, self._take(self._num_pages_for(span) - len(sequence.pages)))
-        draft.add(span)
-
-    def _admit(self, draft: Draft, sequence: Sequence) -> bool:
-        """Moves a sequence from waiting to running with its first span, or returns False."""
-        # A preempted one may still wait for its last token, without which it cannot be recomputed.
-        if sequence.num_in_flight or not draft.has_room_for(sequence):
-            return False
-        hits = self._lookup(sequence)
-        if len(hits) >= draft.grants_left:
-            if draft.others or draft.admitted:
-                return False
-            # The next step may have no more room than this one: a shorter hit, but no starvation.
-            hits = hits[: max(0, draft.grants_left - 1)]
-        start = len(hits) * self._page_size
-        span = span_for(sequence, start, draft, draft.grants_left * self._page_size)
-        if span is None:
-            return False
-        num_new = self._num_pages_for(span) - len(hits)
-        num_reserve = self._num_reserve_pages if self.running else 0
-        if self._pool.num_free - self._pool.count_free(hits) < num_new + num_reserve:
-            return False
-        self._pool.share(hits)
-        draft.grant(sequence, hits + self._take(num_new))
-        draft.admit(span)
-        self._start(sequence, start)
-        return True
-
-    def _lookup(self, sequence: Sequence) -> list[int]:
-        if sequence.num_scored < sequence.num_prompt - 1:
-            return []  # a position that is not computed has no logits to score with
-        request = sequence.request
-        return self._prefix_cache.lookup(sequence.digests, sequence.tokens, request.cache_salt)
-
-    def _start(self, sequence: Sequence, num_cached: int) -> None:
-        """Moves the first waiting sequence to the running ones and into a slot."""
-        del self.waiting[0]
-        insort(self.running, sequence, key=_key_of)
-        sequence.slot = heapq.heappop(self._free_slots)
-        sequence.num_computed = num_cached
-        sequence.num_registered = num_cached // self._page_size
-        if sequence.num_cached is None:
-            sequence.num_cached = num_cached
-            if self._prefix_cache.enabled and sequence.request.params.prompt_logprobs is None:
-                self.totals.prefix_queries += sequence.num_prompt
-                self.totals.prefix_hits += num_cached
-
-    def _num_pages_for(self, span: Span) -> int:
-        return -(-(span.start + span.count) // self._page_size)
-
-    def _take(self, count: int) -> list[int]:
-        pages = self._pool.take(count)
-        assert pages is not None, f"{count=} {self._pool.num_free=}"
-        self._prefix_cache.evict(pages)
-        return pages
-
-    def _grow(self, draft: Draft, sequence: Sequence) -> bool:
-        """Gives a running sequence one page, preempting those behind it if none is free.
-
-        The last in order waits rather than preempt itself: it keeps what it has computed until
-        one before it needs its pages.
+        Nobody overtakes the first, on any rank; any rank that has room takes it.
         """
-        if not draft.grants_left:
+        sequence = self.waiting[0]
+        # A preempted one may still wait for its last token, without which it cannot be recomputed.
+        if sequence.num_in_flight:
             return False
-        while not self._pool.num_free:
-            if self.running[-1] is sequence:
-                return False
-            self._preempt(draft, self.running[-1])
-        draft.grant(sequence, self._take(1))
-        return True
+        offers = []
+        for index, (rank, draft) in enumerate(zip(self._ranks, drafts, strict=True)):
+            if rank.may_admit(draft, sequence):
+                hits = rank.lookup(sequence)
+                offers.append((rank.load - _HIT_WORTH * len(hits), index, hits))
+        for _, index, hits in sorted(offers):
+            if self._ranks[index].admit(drafts[index], sequence, hits):
+                del self.waiting[0]
+                self._count_cached(sequence)
+                return True
+        return False
 
-    def _preempt(self, draft: Draft, sequence: Sequence) -> None:
-        draft.withdraw(sequence)
-        draft.preempted.append(sequence)
-        self.totals.num_preemptions += 1
-        sequence.num_preemptions += 1
-        self._release(sequence)
-        sequence.num_computed = 0
-        insort(self.waiting, sequence, key=_key_of)
-
-    def _release(self, sequence: Sequence) -> None:
-        """Takes slot and pages from a running sequence, or a waiting one out of the queue."""
-        sequences = self.waiting if sequence.slot is None else self.running
-        del sequences[bisect_left(sequences, sequence.key, key=_key_of)]
-        if sequence.slot is not None:
-            heapq.heappush(self._free_slots, sequence.slot)
-            self._pool.free(sequence.pages)
-            sequence.slot = None
-            sequence.pages = []
-            sequence.num_registered = 0
+    def _count_cached(self, sequence: Sequence) -> None:
+        if sequence.num_cached is not None:
+            return  # admitted before: it hits what it computed itself
+        sequence.num_cached = sequence.num_computed
+        if self._has_prefix_caches and sequence.request.params.prompt_logprobs is None:
+            self.totals.prefix_queries += sequence.num_prompt
+            self.totals.prefix_hits += sequence.num_cached
 
     def _finish(self, sequence: Sequence, reason: FinishReason) -> None:
-        self._release(sequence)
+        if sequence.rank is None:
+            del self.waiting[bisect_left(self.waiting, sequence.key, key=_key_of)]
+        else:
+            self._ranks[sequence.rank].release(sequence)
         sequence.is_finished = True
         del self._sequences[sequence.request.request_id]
         self.totals.num_finished[reason] += 1
@@ -345,20 +256,8 @@ class Scheduler:
             last_scored = min(span.start + span.count, sequence.num_prompt - 1)
             sequence.num_scored = max(sequence.num_scored, last_scored)
             # After all lookups of this plan: a span cannot read what another of its step writes.
-            self._register(sequence)
-
-    def _register(self, sequence: Sequence) -> None:
-        """Makes the pages known whose tokens are known and whose last one is dispatched."""
-        num_full = min(sequence.num_computed, len(sequence.tokens)) // self._page_size
-        if num_full > sequence.num_registered:
-            self._prefix_cache.register(
-                sequence.digests,
-                sequence.tokens,
-                sequence.request.cache_salt,
-                sequence.pages[:num_full],
-                sequence.num_registered,
-            )
-            sequence.num_registered = num_full
+            assert sequence.rank is not None
+            self._ranks[sequence.rank].register(sequence)
 
     def _commit_token(
         self, sequence: Sequence, token: int, logprobs: TokenLogprobs | None
@@ -366,7 +265,8 @@ class Scheduler:
         params = sequence.request.params
         sequence.num_in_flight -= 1
         sequence.tokens.append(token)
-        self._register(sequence)
+        if sequence.rank is not None:  # else preempted: it holds no page
+            self._ranks[sequence.rank].register(sequence)
         reason, stop_token = end_of(sequence, token)
         if reason is not None:
             self._finish(sequence, reason)

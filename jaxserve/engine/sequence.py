@@ -34,8 +34,9 @@ class Sequence:
     num_in_flight: int = 0
     num_preemptions: int = 0
     num_cached: int | None = None  # prompt tokens hit in the prefix cache when first admitted
-    slot: int | None = None
-    pages: list[int] = field(default_factory=list)
+    rank: int | None = None  # of the data axis; set while the sequence runs, as `slot` is
+    slot: int | None = None  # of the rank's
+    pages: list[int] = field(default_factory=list)  # of the rank's
     num_registered: int = 0  # of `pages`, known to the prefix cache
     digests: list[bytes] = field(default_factory=list)  # of full pages; survive preemption
     prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=list)
@@ -138,12 +139,16 @@ class Grant(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class StepPlan:
-    """What one step computes. Slots and pages are the sequences' own at the time of planning."""
+    """What one step computes, on all ranks.
 
-    spans: tuple[Span, ...]  # decodes first
+    Ranks, slots and pages are the sequences' own at the time of planning.
+    """
+
+    spans: tuple[Span, ...]  # decodes of all ranks first
     num_decode: int  # spans[:num_decode] have count 1, and sample
     grants: tuple[Grant, ...]
     admitted: tuple[Sequence, ...]  # got a slot: their parameters go to the device
-    preempted: tuple[Sequence, ...]  # lost slot and pages, wait again
-    num_tokens: int
-    num_rows: int
+    preempted: tuple[Sequence, ...]  # lost slot and pages; wait again, if no other rank took them
+    num_sequences: int  # of the rank that has most
+    num_tokens: int  # of the rank that has most
+    num_rows: int  # of the rank that has most

@@ -8,11 +8,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from jaxserve.config import EngineConfig
 from jaxserve.engine.packing import Limits
 from jaxserve.engine.request import MAX_EOS_TOKENS
 from jaxserve.errors import ConfigError, WeightError
+from jaxserve.mesh import num_parts
 from jaxserve.models.loading import AbstractModel
 from jaxserve.ops.attention import Choice, LayerShape, choose_backend
 from pallas_kernels.ragged_paged_attention import KVLayout
@@ -51,11 +53,15 @@ DEFAULTS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """Everything decided before anything is compiled, but for the number of pages."""
+    """Everything decided before anything is compiled, but for the number of pages.
+
+    Sizes are of one rank; a layout, a page's bytes and `vocab_part` are of one device.
+    """
 
     limits: Limits
     attention: Choice
     num_layers: int
+    vocab_part: int  # tokens whose logits each device computes
     min_rows: int
     max_waiting: int
 
@@ -86,9 +92,10 @@ def dtypes_for(config: EngineConfig, platform: str) -> Dtypes:
 
 
 def settings_for(
-    config: EngineConfig, model: AbstractModel, dtypes: Dtypes, device: jax.Device
+    config: EngineConfig, model: AbstractModel, dtypes: Dtypes, mesh: Mesh
 ) -> Settings:
     """Returns the sizes of a configuration; ConfigError for ones that cannot work."""
+    device = mesh.devices.flat[0]
     defaults = DEFAULTS[device.platform]
     num_slots = _chosen(config.max_num_seqs, defaults.num_slots)
     page_size = _chosen(config.page_size, defaults.page_size)
@@ -117,13 +124,14 @@ def settings_for(
         num_slots=num_slots,
         pages_per_sequence=-(-max_model_len // page_size),
         page_size=page_size,
-        vocab_size=model.config.vocab_size,
+        vocab_size=model.vocab_size,
         max_model_len=max_model_len,
         max_step_tokens=max_step_tokens,
+        num_ranks=num_parts(mesh, "rank"),
     )
     shape = LayerShape(
-        heads=model.config.num_heads,
-        kv_heads=model.config.num_kv_heads,
+        heads=model.config.num_heads // num_parts(mesh, "heads"),
+        kv_heads=model.config.num_kv_heads // num_parts(mesh, "kv_heads"),
         head_dim=model.config.head_dim,
         page_size=page_size,
         kv_dtype=dtypes.kv_cache,
@@ -135,8 +143,9 @@ def settings_for(
         limits=limits,
         attention=choose_backend(config.attention_backend, device, shape),
         num_layers=model.config.num_layers,
+        vocab_part=model.vocab_size // num_parts(mesh, "vocab"),
         min_rows=defaults.min_rows,
-        max_waiting=_chosen(config.max_num_queued_reqs, max(64, 4 * num_slots)),
+        max_waiting=_chosen(config.max_num_queued_reqs, max(64, 4 * num_slots * limits.num_ranks)),
     )
 
 
@@ -144,27 +153,29 @@ def num_pages_for(
     config: EngineConfig,
     settings: Settings,
     *,
-    device: jax.Device,
-    model_bytes: int,
-    temporary_bytes: int,  # of the largest program
+    num_devices: int,
+    memory_bytes: int | None,  # of each device; None: unknown, as of a CPU
+    model_bytes: int,  # on each device
+    temporary_bytes: int,  # of the largest program, on each device
 ) -> int:
-    """Returns how many KV pages to make; ConfigError, with the numbers, where a request won't fit.
+    """Returns how many KV pages each rank gets; ConfigError, with the numbers, if a request
+    won't fit.
 
-    A CPU gets 2 GiB; a device that knows its memory gets what weights and programs leave of it.
+    A CPU gets 2 GiB, its devices together; a device that knows its memory gets what weights and
+    programs leave of it.
     """
     limits = settings.limits
     needed = limits.pages_per_sequence
-    stats = device.memory_stats() or {}
     if config.num_pages != "auto":
         num_pages = config.num_pages
     else:
         if config.kv_cache_memory_bytes != "auto":
             available = config.kv_cache_memory_bytes
-        elif "bytes_limit" in stats:
-            usable = int(stats["bytes_limit"] * config.gpu_memory_utilization)
+        elif memory_bytes is not None:
+            usable = int(memory_bytes * config.gpu_memory_utilization)
             available = usable - model_bytes - temporary_bytes
         else:
-            available = _CPU_KV_BYTES
+            available = _CPU_KV_BYTES // num_devices
         # More than every slot at full length can never be used.
         num_pages = min(available // settings.page_bytes, needed * limits.num_slots)
     if num_pages < needed:

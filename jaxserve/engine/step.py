@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
+from jax.sharding import Mesh, PartitionSpec
 
 from jaxserve.batch import Batch, Cache, LayerState, Model, ScaledCache
 from jaxserve.engine.packing import Limits, blob_layout, extras_layout
@@ -21,6 +22,7 @@ from jaxserve.engine.request import (
     MAX_LOGIT_BIAS,
     MAX_STOP_TOKENS,
 )
+from jaxserve.models.loading import AbstractModel
 from jaxserve.ops.sampling import sample
 from jaxserve.ops.sampling_state import (
     SamplingRows,
@@ -38,9 +40,23 @@ from pallas_kernels.ragged_paged_attention import Backend, KVLayout
 Parts: TypeAlias = dict[str, jax.Array]
 
 
+# The step runs on every device of the mesh, on its own part of each array. Parts lie one behind
+# the other along the first axis: each rank's, the same on all devices that share the rank, or each
+# device's own (`per_device`).
+RANK = PartitionSpec("data")
+
+
+def per_device(mesh: Mesh) -> PartitionSpec:
+    """Returns how an array is split of which each device has a part of its own."""
+    return PartitionSpec(mesh.axis_names)
+
+
 @flax.struct.dataclass
 class DeviceState:
-    """What stays on the device between steps. Donated to each step, which returns it anew."""
+    """What stays on the device between steps. Donated to each step, which returns it anew.
+
+    Shapes are those of one device's part.
+    """
 
     cache: Cache
     page_table: jax.Array  # [slots, pages_per_sequence] i32
@@ -52,13 +68,30 @@ class DeviceState:
 class StepSpec:
     """What shapes the program besides its bucket; hashable, closed over by the jitted function."""
 
+    mesh: Mesh
     limits: Limits
     max_logprobs: int
     attention: Backend
 
 
-def init_state(limits: Limits, layout: KVLayout, num_layers: int, num_pages: int) -> DeviceState:
-    """Returns the state of an idle engine: empty slots, zeroed pages, scales of 1."""
+def state_specs(mesh: Mesh) -> DeviceState:
+    """Returns how the state is split, a DeviceState of PartitionSpecs for (parts of) its arrays."""
+    sampling: dict[str, Any] = dict.fromkeys(SamplingState.__dataclass_fields__, RANK)
+    own = per_device(mesh)
+    sampling |= {"output_counts": own, "in_prompt": own}
+    specs: dict[str, Any] = {
+        "cache": own,
+        "page_table": RANK,
+        "last_token": RANK,
+        "sampling": SamplingState(**sampling),
+    }
+    return DeviceState(**specs)
+
+
+def init_state(
+    limits: Limits, layout: KVLayout, num_layers: int, num_pages: int, vocab_part: int
+) -> DeviceState:
+    """Returns a device's part of an idle engine: empty slots, zeroed pages, scales of 1."""
     return DeviceState(
         cache=tuple(_init_cache(layout, num_pages) for _ in range(num_layers)),
         page_table=jnp.zeros((limits.num_slots, limits.pages_per_sequence), jnp.int32),
@@ -66,6 +99,7 @@ def init_state(limits: Limits, layout: KVLayout, num_layers: int, num_pages: int
         sampling=init_sampling_state(
             limits.num_slots,
             limits.vocab_size,
+            vocab_part=vocab_part,
             max_bias=MAX_LOGIT_BIAS,
             max_bad_words=MAX_BAD_WORDS,
             max_bad_word_tokens=MAX_BAD_WORD_TOKENS,
@@ -82,10 +116,8 @@ def _init_cache(layout: KVLayout, num_pages: int) -> LayerState:
     return ScaledCache(pages=pages, k_scale=ones, v_scale=ones)
 
 
-def make_step(
-    spec: StepSpec, graph: nnx.GraphDef[Any], tree: jax.tree_util.PyTreeDef, bucket: tuple[int, int]
-) -> jax.stages.Wrapped:
-    """Returns the jitted step of one bucket; see `step` for its arguments."""
+def make_step(spec: StepSpec, model: AbstractModel, bucket: tuple[int, int]) -> jax.stages.Wrapped:
+    """Returns the jitted step of one bucket; see `step` for its arguments, each a rank's part."""
 
     def bound(
         params: tuple[jax.Array, ...],
@@ -94,10 +126,18 @@ def make_step(
         extras: jax.Array,
         grammar: jax.Array,
     ) -> tuple[DeviceState, jax.Array]:
-        model = nnx.merge(graph, jax.tree.unflatten(tree, params))
-        return step(model, state, blob, extras, grammar, spec=spec, bucket=bucket)
+        module = nnx.merge(model.graph, jax.tree.unflatten(model.tree, params))
+        return step(module, state, blob[0], extras[0], grammar, spec=spec, bucket=bucket)
 
-    return jax.jit(bound, donate_argnums=1)
+    param_specs = tuple(shape.sharding.spec for shape in model.shapes)
+    on_mesh = jax.shard_map(
+        bound,
+        mesh=spec.mesh,
+        in_specs=(param_specs, state_specs(spec.mesh), RANK, RANK, RANK),
+        out_specs=(state_specs(spec.mesh), RANK),
+        check_vma=False,  # what is gathered is the same on all devices, which it cannot know
+    )
+    return jax.jit(on_mesh, donate_argnums=1)
 
 
 def step(

@@ -15,6 +15,8 @@ from flax import nnx
 from jaxserve.batch import Batch, LayerState
 from jaxserve.models.layers import Angles, Attention, Norm, Widths
 from jaxserve.ops.moe import mix_experts, route, router_logits
+from jaxserve.ops.parallel import index_along, sum_over
+from jaxserve.ops.quantization import QuantizedWeight
 
 
 class ExpertWidths(Widths, Protocol):
@@ -78,19 +80,22 @@ class Mixture(nnx.Module):
     ) -> jax.Array:  # [tokens, hidden]
         logits = router_logits(x, self.gate.weight[...])
         routing = route(logits, self.top_k, is_renormalized=self.is_renormalized)
+        gate = self.experts.gate_proj.weight[...]
+        # In a mesh a device has some of the experts, or columns of them.
+        num_experts = (gate.data if isinstance(gate, QuantizedWeight) else gate).shape[0]
         out = mix_experts(
             x,
             routing,
-            self.experts.gate_proj.weight[...],
+            gate,
             self.experts.up_proj.weight[...],
             self.experts.down_proj.weight[...],
-            first_expert=0,
+            first_expert=index_along("experts") * num_experts,
             num_tokens=batch.cu_q_lens[batch.counts[1]],
             activation=jax.nn.silu,
             # A device whose attention has a kernel has one for experts, and no other has.
             backend="tpu" if batch.attention == "tpu" else "reference",
         )
-        return out.astype(x.dtype)
+        return sum_over(out.astype(x.dtype), "experts", "expert_ffw")
 
 
 class ExpertLayer(nnx.Module):

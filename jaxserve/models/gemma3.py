@@ -162,6 +162,6 @@ class Gemma3(nnx.Module):
 
     def logits(self, hidden: jax.Array) -> jax.Array:  # [rows, hidden] -> [rows, vocab] f32
         """Returns the logits of the tokens that follow the given rows."""
-        logits = head_logits(self.model, self.lm_head, hidden)
+        logits = head_logits(self.config, self.model, self.lm_head, hidden)
         cap = self.config.logit_soft_cap
         return logits if cap is None else cap * jnp.tanh(logits / cap)

@@ -16,7 +16,9 @@ from jaxserve.batch import Batch, Cache, LayerState
 from jaxserve.ops.attention import attend
 from jaxserve.ops.linear import linear, matmul_f32
 from jaxserve.ops.norm import rms_norm
+from jaxserve.ops.parallel import parts_along, sum_over
 from jaxserve.ops.rope import apply_rope
+from jaxserve.ops.vocab import first_token, local_tokens
 
 Angles: TypeAlias = tuple[jax.Array, jax.Array]  # of `rope_angles`
 
@@ -56,7 +58,10 @@ class DecoderLayer(Protocol):
 
 
 class Linear(nnx.Module):
-    """A matrix, and a bias where the family has one."""
+    """A matrix, and a bias where the family has one.
+
+    In a mesh it holds the device's rows; or its columns, when all devices' products are summed.
+    """
 
     def __init__(
         self,
@@ -69,13 +74,14 @@ class Linear(nnx.Module):
         axes, shape = zip(out, in_, strict=True)
         self.weight = nnx.Param(jnp.zeros(shape, dtype), axes=axes)
         self.bias = nnx.Param(jnp.zeros(shape[:1], dtype), axes=axes[:1]) if has_bias else None
+        self.in_axis = in_[0]
 
     def __call__(self, x: jax.Array) -> jax.Array:  # [rows, in] -> [rows, out]
         if self.bias is None:
-            return linear(x, self.weight[...])
+            return sum_over(linear(x, self.weight[...]), self.in_axis)
         # Added before the sum is rounded: Qwen2's biases are hundreds of times its products.
-        bias = self.bias[...].astype(jnp.float32)[None, :]
-        return (matmul_f32(x, self.weight[...]) + bias).astype(x.dtype)
+        out = sum_over(matmul_f32(x, self.weight[...]), self.in_axis)
+        return (out + self.bias[...].astype(jnp.float32)[None, :]).astype(x.dtype)
 
 
 class Embedding(nnx.Module):
@@ -202,7 +208,14 @@ class Decoder(nnx.Module):
 
     def embed(self, batch: Batch, dtype: jnp.dtype) -> jax.Array:  # [tokens, hidden]
         """Returns the rows of the step's tokens in the type that flows between layers."""
-        return self.embed_tokens.weight[...][batch.tokens].astype(dtype)
+        weight = self.embed_tokens.weight[...]
+        if parts_along("vocab") == 1:
+            return weight[batch.tokens].astype(dtype)
+        num_tokens = weight.shape[0]
+        local = local_tokens(batch.tokens, num_tokens)
+        rows = weight[jnp.minimum(local, num_tokens - 1)].astype(dtype)
+        is_here = (local < num_tokens)[:, None]
+        return sum_over(jnp.where(is_here, rows, 0), "vocab")
 
     def visit(
         self,
@@ -226,11 +239,20 @@ def head_of(config: Widths, dtype: jnp.dtype) -> Linear:
 
 
 def head_logits(
+    config: Widths,
     decoder: Decoder,
     head: Linear | None,  # None: the embedding
     hidden: jax.Array,  # [rows, hidden]
-) -> jax.Array:  # [rows, vocab] f32
-    """Returns the logits of the tokens that follow the given rows."""
+) -> jax.Array:  # [rows, vocab part] f32
+    """Returns the logits of the tokens that follow the given rows.
+
+    The vocabulary is padded to whole blocks on each device, with tokens that cannot be chosen.
+    """
     weight = (decoder.embed_tokens if head is None else head).weight
     with jax.named_scope("lm_head"):
-        return matmul_f32(decoder.norm(hidden), weight[...])
+        logits = matmul_f32(decoder.norm(hidden), weight[...])
+    num_tokens = logits.shape[1]
+    if num_tokens * parts_along("vocab") == config.vocab_size:
+        return logits
+    token = first_token(num_tokens) + jnp.arange(num_tokens, dtype=jnp.int32)
+    return jnp.where(token[None] < config.vocab_size, logits, -jnp.inf)

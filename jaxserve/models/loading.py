@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -14,7 +15,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from jaxserve.errors import WeightError
-from jaxserve.mesh import sharding_for
+from jaxserve.mesh import num_parts, sharding_for
 from jaxserve.models.checkpoint import Checkpoint, QuantizedCheckpoint, WeightFormat
 from jaxserve.models.checkpoint.kv_scales import KV_SCALE_NAMES
 from jaxserve.models.quantizing import (
@@ -25,9 +26,11 @@ from jaxserve.models.quantizing import (
     load_time_format,
     num_bytes,
     quantized_arrays,
+    refine,
 )
 from jaxserve.models.registry import family_for
 from jaxserve.ops.quantization import QuantizedWeight
+from jaxserve.ops.vocab import BLOCK_TOKENS
 
 Formats: TypeAlias = Mapping[str, WeightFormat] | WeightFormat  # by name, or of every matrix
 
@@ -37,7 +40,8 @@ class Parameter:
     """One tensor of the checkpoint, and what the model holds of it."""
 
     name: str  # as in Hugging Face checkpoints
-    dense: jax.ShapeDtypeStruct  # before it is quantised, with its sharding
+    stored_shape: tuple[int, ...]  # in the checkpoint
+    dense: jax.ShapeDtypeStruct  # before it is quantised, padded, with its sharding
     value: jax.ShapeDtypeStruct | QuantizedWeight  # of ShapeDtypeStructs with shardings
     is_stored_quantized: bool  # by the checkpoint
 
@@ -50,6 +54,7 @@ class AbstractModel:
     graph: nnx.GraphDef[Any]
     tree: jax.tree_util.PyTreeDef  # of the parameters; their flat order is that of `shapes`
     parameters: tuple[Parameter, ...]
+    vocab_size: int  # the config's, padded to whole blocks on each device
     is_tied: bool
 
     @property
@@ -72,11 +77,11 @@ class AbstractModel:
     @property
     def num_params(self) -> int:
         """The number of weights."""
-        return sum(parameter.dense.size for parameter in self.parameters)
+        return sum(math.prod(parameter.stored_shape) for parameter in self.parameters)
 
     @property
-    def param_bytes(self) -> int:
-        """The bytes the parameters take, all devices together."""
+    def device_bytes(self) -> int:
+        """The bytes that the parameters take on each device."""
         return sum(num_bytes(shape) for shape in self.shapes)
 
 
@@ -90,12 +95,9 @@ def abstract_model(
     formats: Formats | None = None,  # of what the checkpoint holds quantised
 ) -> AbstractModel:
     """Returns the model that a Hugging Face config describes; WeightError if it is unknown."""
-    family = family_for(hf_config)
-    try:
-        config = family.config.from_hf(hf_config)
-    except KeyError as error:
-        raise WeightError(f"config.json: lacks {error.args[0]!r}") from error
+    family, config = family_for(hf_config), config_of(hf_config)
     _check_request(quantization, formats)
+    vocab_size = padded_vocab(config.vocab_size, mesh)
     build = functools.partial(family.model, config, dtype=dtype, activation_dtype=activation_dtype)
     graph, state = nnx.split(nnx.eval_shape(build))
     flat, parameters = [], []
@@ -103,7 +105,11 @@ def abstract_model(
         name = ".".join(str(part) for part in path)
         axes = variable.get_metadata("axes")
         leaf = variable.get_value()
-        dense = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding_for(mesh, axes))
+        shape = tuple(
+            vocab_size if axis == "vocab" else size
+            for axis, size in zip(axes, leaf.shape, strict=True)
+        )
+        dense = jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=sharding_for(mesh, axes))
         if not formats:
             format = load_time_format(quantization, axes, leaf.shape)
         elif isinstance(formats, WeightFormat):
@@ -115,6 +121,7 @@ def abstract_model(
         parameters.append(
             Parameter(
                 name=name,
+                stored_shape=leaf.shape,
                 dense=dense,
                 value=value,
                 is_stored_quantized=bool(formats) and format is not None,
@@ -125,10 +132,26 @@ def abstract_model(
         graph=graph,
         tree=jax.tree.structure(nnx.from_flat_state(flat)),
         parameters=tuple(parameters),
+        vocab_size=vocab_size,
         is_tied=config.is_tied,
     )
     assert model.tree.num_leaves == len(model.shapes), (model.tree, model.shapes)
     return model
+
+
+def config_of(hf_config: dict[str, Any]) -> Any:
+    """Returns the family's config of a Hugging Face config; WeightError if it is unknown."""
+    family = family_for(hf_config)
+    try:
+        return family.config.from_hf(hf_config)
+    except KeyError as error:
+        raise WeightError(f"config.json: lacks {error.args[0]!r}") from error
+
+
+def padded_vocab(vocab_size: int, mesh: Mesh) -> int:
+    """Returns the vocabulary's size in whole blocks, the same number on each device."""
+    unit = BLOCK_TOKENS * num_parts(mesh, "vocab")
+    return -(-vocab_size // unit) * unit
 
 
 def _check_request(quantization: str, formats: Formats | None) -> None:
@@ -208,7 +231,7 @@ def _check_names(model: AbstractModel, checkpoint: Checkpoint) -> None:
             first = ", ".join(sorted(names)[:3])
             raise WeightError(f"the checkpoint {kind} {first} ({len(names)} in all)")
     for parameter in model.parameters:
-        name, shape = parameter.name, parameter.dense.shape
+        name, shape = parameter.name, parameter.stored_shape
         if checkpoint.shape(name) != shape:
             raise WeightError(
                 f"{name} has shape {checkpoint.shape(name)}; config.json asks for {shape}"
@@ -229,20 +252,42 @@ def _is_empty_bias(name: str, checkpoint: Checkpoint) -> bool:
 def _load(parameter: Parameter, checkpoint: Checkpoint) -> jax.Array:
     dense = parameter.dense
 
-    def read(index: tuple[slice, ...] | None) -> np.ndarray:
+    def read(index: tuple[slice, ...]) -> np.ndarray:
         return checkpoint.read(parameter.name, index).astype(dense.dtype)
 
-    return jax.make_array_from_callback(dense.shape, dense.sharding, read)
+    return _from_parts(dense, read)
+
+
+def _from_parts(
+    shape: jax.ShapeDtypeStruct,  # with its sharding
+    read: Callable[[tuple[slice, ...]], np.ndarray],  # a part, short where it is to be padded
+) -> jax.Array:
+    """Returns an array of which each part is read once, however many devices hold it."""
+    indices = shape.sharding.addressable_devices_indices_map(shape.shape)
+    local_shape = shape.sharding.shard_shape(shape.shape)
+    by_index: dict[str, list[jax.Device]] = {}
+    for device, index in indices.items():
+        by_index.setdefault(repr(index), []).append(device)
+    shards = []
+    for devices in by_index.values():
+        part = read(indices[devices[0]])
+        if part.shape != local_shape:
+            padding = [(0, size - had) for size, had in zip(local_shape, part.shape, strict=True)]
+            part = np.pad(part, padding)
+        shards += [jax.device_put(part, device) for device in devices]
+    return jax.make_array_from_single_device_arrays(shape.shape, shape.sharding, shards)
 
 
 def _load_quantized(parameter: Parameter, checkpoint: QuantizedCheckpoint) -> list[jax.Array]:
     """Returns the arrays of a matrix that the checkpoint holds quantised, as they lie there."""
+    value = parameter.value
+    assert isinstance(value, QuantizedWeight), parameter.name
     stored = checkpoint.read_quantized(parameter.name)
+    stored = refine(stored, checkpoint.formats[parameter.name].rows, value)
     arrays = [stored.data, stored.scale, stored.zero, stored.order, stored.input_scale]
-    shapes = jax.tree.leaves(parameter.value)
+    shapes = jax.tree.leaves(value)
     held = [array for array in arrays if array is not None]
     assert [array.shape for array in held] == [shape.shape for shape in shapes], parameter.name
     return [
-        jax.make_array_from_callback(shape.shape, shape.sharding, array.__getitem__)
-        for array, shape in zip(held, shapes, strict=True)
+        _from_parts(shape, array.__getitem__) for array, shape in zip(held, shapes, strict=True)
     ]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import math
 from typing import Any, TypeAlias
 
 import jax
@@ -11,8 +13,9 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxserve.errors import WeightError
-from jaxserve.mesh import sharding_for
+from jaxserve.mesh import num_parts, sharding_for
 from jaxserve.models.checkpoint import WeightFormat
+from jaxserve.models.checkpoint.contract import StoredWeight
 from jaxserve.ops.quantization import (
     QuantizedWeight,
     form_for,
@@ -67,31 +70,33 @@ def abstract_weight(
 ) -> QuantizedWeight:
     """Returns the arrays of a quantised matrix, as ShapeDtypeStructs with shardings.
 
-    Scales follow the matrix where the mesh divides them as it does the matrix.
+    Scales are split as the matrix is, and one scale for all columns is whole on each device.
+    Raises WeightError for columns in another order that the mesh would split.
     """
     if len(axes) == 3:
         return _abstract_stack(format, dense, axes, mesh)
     out_size, in_size = dense.shape
     out_axis, in_axis = axes
+    if format.has_order and num_parts(mesh, in_axis) > 1:
+        raise WeightError(
+            f"a mesh with tensor={num_parts(mesh, in_axis)} cannot split columns that are stored "
+            "in another order (desc_act, g_idx); use the data axis alone"
+        )
+    format = _fitting(format, dense.shape, axes, mesh)
     groups = format.num_groups(in_size)
     dtype = jnp.dtype(format.type)
     device = mesh.devices.flat[0]
+    group_axis = None if groups == 1 else in_axis
 
     def array(
         shape: tuple[int, ...], dtype: jax.typing.DTypeLike, *axes: str | None
     ) -> jax.ShapeDtypeStruct:
-        whole = sharding_for(mesh, (None,) * len(shape))
-        sharding = sharding_for(mesh, axes)
-        is_even = all(
-            size % (np.prod([mesh.shape[name] for name in _names(part)], dtype=int)) == 0
-            for size, part in zip(shape, sharding.spec, strict=False)
-        )
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding if is_even else whole)
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding_for(mesh, axes))
 
-    zero = array((groups, out_size), jnp.int8, in_axis, out_axis)
+    zero = array((groups, out_size), jnp.int8, group_axis, out_axis)
     leaves: dict[str, Any] = {  # typed as arrays, which these stand for
         "data": jax.ShapeDtypeStruct(dense.shape, dtype, sharding=dense.sharding),
-        "scale": array((groups, -(-out_size // format.rows)), jnp.float32, in_axis, out_axis),
+        "scale": array((groups, -(-out_size // format.rows)), jnp.float32, group_axis, out_axis),
         "zero": zero if format.has_zero else None,
         "order": array((in_size,), jnp.int32, None) if format.has_order else None,
         "input_scale": array((), jnp.float32) if format.activations == "static" else None,
@@ -106,7 +111,7 @@ def abstract_weight(
             activations=format.activations,
             num_groups=groups,
             has_zero=format.has_zero,
-            in_size=in_size,
+            in_size=in_size // num_parts(mesh, in_axis),
         ),
     )
 
@@ -130,6 +135,36 @@ def _abstract_stack(
         )
 
     return jax.tree.map(stacked, abstract_weight(format, of_one, axes[1:], mesh))
+
+
+def _fitting(
+    format: WeightFormat,
+    shape: tuple[int, ...],  # [out, in]
+    axes: Axes,
+    mesh: Mesh,
+) -> WeightFormat:
+    """Returns the format with so few rows and columns to a scale that devices share none."""
+    out_part, in_part = (
+        size // num_parts(mesh, axis) for size, axis in zip(shape, axes, strict=True)
+    )
+    rows, columns = format.rows, format.columns
+    if num_parts(mesh, axes[0]) > 1:
+        rows = math.gcd(rows, out_part)
+    if num_parts(mesh, axes[1]) > 1 and columns is not None:
+        columns = math.gcd(columns, in_part)
+    return dataclasses.replace(format, rows=rows, columns=columns)
+
+
+def refine(stored: StoredWeight, rows: int, weight: QuantizedWeight) -> StoredWeight:
+    """Returns a stored matrix, `rows` of which share a scale, for the smaller groups of `weight`.
+
+    A mesh asks for them where it would else split a group.
+    """
+    parts = weight.num_groups // len(stored.scale)
+    scale = np.repeat(stored.scale, parts, axis=0)
+    scale = np.repeat(scale, rows // weight.rows, axis=1)[:, : weight.scale.shape[1]]
+    zero = None if stored.zero is None else np.repeat(stored.zero, parts, axis=0)
+    return dataclasses.replace(stored, scale=scale, zero=zero)
 
 
 def quantized_arrays(
@@ -179,13 +214,8 @@ def dummy_arrays(
 
 
 def num_bytes(shape: jax.ShapeDtypeStruct) -> int:
-    """Returns the bytes of an array on a device, where two int4 share one."""
+    """Returns the bytes of an array on each of its devices, where two int4 share one."""
+    size = math.prod(shape.sharding.shard_shape(shape.shape))
     if shape.dtype == jnp.int4:
-        return -(-shape.size // 2)
-    return shape.size * shape.dtype.itemsize
-
-
-def _names(part: str | tuple[str, ...] | None) -> tuple[str, ...]:
-    if part is None:
-        return ()
-    return (part,) if isinstance(part, str) else tuple(part)
+        return -(-size // 2)
+    return size * shape.dtype.itemsize

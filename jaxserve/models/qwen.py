@@ -114,4 +114,4 @@ class Qwen(nnx.Module):
 
     def logits(self, hidden: jax.Array) -> jax.Array:  # [rows, hidden] -> [rows, vocab] f32
         """Returns the logits of the tokens that follow the given rows."""
-        return head_logits(self.model, self.lm_head, hidden)
+        return head_logits(self.config, self.model, self.lm_head, hidden)

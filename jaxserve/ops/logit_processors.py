@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxserve.ops import vocab
 from jaxserve.ops.sampling_state import (
     Float,
     Option,
@@ -18,6 +19,8 @@ from jaxserve.ops.sampling_state import (
     SamplingState,
     clip_slots,
 )
+
+_NO_TOKEN = 2**30  # past any vocabulary: dropped where it is scattered
 
 
 def adjust_logits(
@@ -62,6 +65,10 @@ def mask_tokens(
     has_grammar = params.has(Option.GRAMMAR)[:, None]
     allowed = jnp.where(has_allowed, state.allowed[slots], everything)
     allowed &= jnp.where(has_grammar, state.grammar[slots], everything)
+    # Words of the whole vocabulary, of which a device reads those of its part.
+    words = -(-logits.shape[1] // 32)
+    first_word = vocab.first_token(logits.shape[1]) // 32
+    allowed = lax.dynamic_slice_in_dim(allowed, first_word, words, axis=1)
     bit = jnp.arange(32, dtype=jnp.uint32)[None, None]
     bits = (allowed[:, :, None] >> bit) & 1  # [rows, words, 32]
     is_allowed = bits.reshape(logits.shape[0], -1)[:, : logits.shape[1]] == 1
@@ -75,33 +82,33 @@ def bias_tokens(
     params: RowParams,
 ) -> jax.Array:  # [rows, vocab] f32
     """Returns logits plus `logit_bias`, and -inf for stops before `min_tokens` and bad words."""
-    vocab = logits.shape[1]
     has_bias = params.has(Option.LOGIT_BIAS)[:, None]
-    stops = jnp.where(params.bans_stops[:, None], state.stop_tokens[slots], vocab)
+    stops = jnp.where(params.bans_stops[:, None], state.stop_tokens[slots], _NO_TOKEN)
     words = jnp.where(
         params.has(Option.BAD_WORDS)[:, None],
-        _bad_word_ends(state.bad_words[slots], state.recent[slots], vocab),
-        vocab,
+        _bad_word_ends(state.bad_words[slots], state.recent[slots]),
+        _NO_TOKEN,
     )
     banned = jnp.concatenate([stops, words], axis=1)
     # One scatter: a ban is a bias of -inf, which no other bias can undo.
-    tokens = jnp.concatenate([jnp.where(has_bias, state.bias_tokens[slots], vocab), banned], axis=1)
+    biased = jnp.where(has_bias, state.bias_tokens[slots], _NO_TOKEN)
+    tokens = jnp.concatenate([biased, banned], axis=1)
     values = jnp.concatenate(
         [state.bias_values[slots], jnp.full(banned.shape, -jnp.inf, logits.dtype)], axis=1
     )
     row = lax.broadcasted_iota(jnp.int32, tokens.shape, 0)
+    tokens = vocab.local_tokens(tokens, logits.shape[1])
     return logits.at[row, tokens].add(values, mode="drop")
 
 
 def _bad_word_ends(
     words: jax.Array,  # [rows, words, word_tokens] i32
     recent: jax.Array,  # [rows, word_tokens - 1] i32
-    vocab: int,
-) -> jax.Array:  # [rows, words] i32; vocab where the outputs so far do not lead up to the word
+) -> jax.Array:  # [rows, words] i32; _NO_TOKEN where outputs so far do not lead up to the word
     prefix, last = words[:, :, :-1], words[:, :, -1]
     # Padding in a prefix matches anything; padding in `recent` equals no token.
     matches = ((prefix == -1) | (prefix == recent[:, None])).all(2) & (last != -1)
-    return jnp.where(matches, last, vocab)
+    return jnp.where(matches, last, _NO_TOKEN)
 
 
 def penalize_tokens(

@@ -81,7 +81,7 @@ def _keep_top_p(
     """A token stays if the tokens that are more likely have less than `top_p` of the mass."""
     last = candidates[:, -1]
     is_kept = scaled >= low[:, None, None]
-    target = top_p * jnp.where(is_kept, jnp.exp(scaled), 0.0).sum((1, 2))
+    target = top_p * vocab.total(jnp.where(is_kept, jnp.exp(scaled), 0.0).sum((1, 2)))
     masses = jnp.cumsum(jnp.where(candidates >= low[:, None], jnp.exp(candidates), 0.0), axis=1)
     # The first candidate has no mass before it: it always stays.
     num_kept = 1 + (masses[:, :-1] < target[:, None]).sum(1, dtype=jnp.int32)
@@ -106,17 +106,17 @@ def _keep_typical(
     is_on = typical_p < 1
     log_weights = jnp.where(scaled >= low[:, None, None], scaled, -jnp.inf)
     weights = jnp.exp(log_weights)
-    total = weights.sum((1, 2))
+    total = vocab.total(weights.sum((1, 2)))
     # 0 * -inf is NaN.
-    mean = jnp.where(weights > 0, weights * scaled, 0.0).sum((1, 2)) / total
+    mean = vocab.total(jnp.where(weights > 0, weights * scaled, 0.0).sum((1, 2))) / total
     nearness = jnp.where(weights > 0, -jnp.abs(scaled - mean[:, None, None]), -jnp.inf)
     furthest = jnp.where(is_on, _LOWEST, 0.0)
     threshold = vocab.bisect_threshold(
         nearness, log_weights, typical_p * total, furthest, jnp.zeros_like(total)
     )
     is_kept = nearness >= threshold[:, None, None]
-    lowest = jnp.where(is_kept, scaled, jnp.inf).min((1, 2))
-    highest = jnp.where(is_kept, scaled, -jnp.inf).max((1, 2))
+    lowest = vocab.smallest(jnp.where(is_kept, scaled, jnp.inf).min((1, 2)))
+    highest = vocab.largest(jnp.where(is_kept, scaled, -jnp.inf).max((1, 2)))
     return jnp.where(is_on, lowest, low), jnp.where(is_on, highest, jnp.inf)
 
 

@@ -15,6 +15,7 @@ from jax import lax
 
 from jaxserve.ops import vocab
 from jaxserve.ops.logit_processors import adjust_logits
+from jaxserve.ops.parallel import gather_along, parts_along
 from jaxserve.ops.probability_filters import filter_bounds
 from jaxserve.ops.sampling_state import (
     Float,
@@ -37,7 +38,7 @@ class Report(NamedTuple):
 
 
 def sample(
-    logits: jax.Array,  # [rows, vocab] f32
+    logits: jax.Array,  # [rows, vocab] f32; in a mesh, this device's part of the vocabulary
     state: SamplingState,
     rows: SamplingRows,
     *,
@@ -124,11 +125,16 @@ def _draw(
     One number picks the block and one the token inside it: a single 24-bit number is too coarse
     for tokens of probability 1e-7, and noise for every token of the vocabulary costs far more.
     """
-    totals = jnp.where(_is_kept(scaled, low, high), jnp.exp(scaled), 0.0).sum(2)
+    num_blocks = scaled.shape[1]
+    own_totals = jnp.where(_is_kept(scaled, low, high), jnp.exp(scaled), 0.0).sum(2)
+    totals = jnp.moveaxis(gather_along(own_totals, "vocab"), 0, 1).reshape(scaled.shape[0], -1)
     block = _invert(totals, units[0])
-    inside = vocab.take_block(scaled, block)
+    own_block = vocab.local_tokens(block, num_blocks)  # blocks are divided as tokens are
+    inside = vocab.take_block(scaled, own_block)
     is_kept = _is_kept(inside[:, None], low, high)[:, 0]
     token = _invert(jnp.where(is_kept, jnp.exp(inside), 0.0), units[1])
+    if parts_along("vocab") > 1:  # one device holds the block
+        token = vocab.largest(jnp.where(own_block < num_blocks, token, 0))
     drawn = block * vocab.BLOCK_TOKENS + token
     return jnp.where(totals.sum(1) > 0, drawn, otherwise)
 
@@ -162,12 +168,12 @@ def _report_logprobs(
 
     def report() -> jax.Array:
         blocks = vocab.to_blocks(logits)
-        largest = blocks.max((1, 2))
-        total = jnp.exp(blocks - largest[:, None, None]).sum((1, 2))
+        largest = vocab.largest(blocks.max((1, 2)))
+        total = vocab.total(jnp.exp(blocks - largest[:, None, None]).sum((1, 2)))
         log_total = largest + jnp.log(total)
-        own = jnp.take_along_axis(logits, tokens[:, None], axis=1)
+        own = _logits_of(logits, tokens)[:, None]
         # Counting in float32 is exact below 2^24 and vectorises where integers do not.
-        num_larger = jnp.where(logits > own, 1.0, 0.0).sum(1)
+        num_larger = vocab.total(jnp.where(logits > own, 1.0, 0.0).sum(1))
         rank = 1 + num_larger.astype(jnp.int32)
         columns = [_bits(own - log_total[:, None]), rank[:, None]]
         if max_logprobs:
@@ -182,6 +188,18 @@ def _report_logprobs(
         return jnp.zeros((rows, 2 * max_logprobs), jnp.int32)
 
     return lax.cond(is_asked, report, lambda: jnp.zeros((rows, 2 + 2 * max_logprobs), jnp.int32))
+
+
+def _logits_of(
+    logits: jax.Array,  # [rows, vocab] f32
+    tokens: jax.Array,  # [rows] i32
+) -> jax.Array:  # [rows] f32
+    num_tokens = logits.shape[1]
+    local = vocab.local_tokens(tokens, num_tokens)
+    values = jnp.take_along_axis(logits, jnp.minimum(local, num_tokens - 1)[:, None], axis=1)[:, 0]
+    if parts_along("vocab") == 1:
+        return values
+    return vocab.largest(jnp.where(local < num_tokens, values, -jnp.inf))
 
 
 def _bits(x: jax.Array) -> jax.Array:

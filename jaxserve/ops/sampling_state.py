@@ -16,6 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jaxserve.ops import vocab
+
 
 class Float(enum.IntEnum):
     """Columns of `SamplingState.floats`."""
@@ -62,8 +64,8 @@ class SamplingState:
 
     floats: jax.Array  # [slots, len(Float)] f32
     ints: jax.Array  # [slots, len(Int)] i32
-    output_counts: jax.Array  # [slots, vocab] i32, kept only for slots with penalties
-    in_prompt: jax.Array  # [slots, vocab] bool, kept only for slots with penalties
+    output_counts: jax.Array  # [slots, vocab part] i32, kept only for slots with penalties
+    in_prompt: jax.Array  # [slots, vocab part] bool, kept only for slots with penalties
     bias_tokens: jax.Array  # [slots, bias] i32, padded with vocab
     bias_values: jax.Array  # [slots, bias] f32
     allowed: jax.Array  # [slots, ceil(vocab / 32)] u32, bit t % 32 of word t // 32
@@ -142,6 +144,7 @@ def init_sampling_state(
     num_slots: int,
     vocab_size: int,
     *,
+    vocab_part: int | None = None,  # tokens whose counts this device keeps; default: all
     max_bias: int,
     max_bad_words: int,
     max_bad_word_tokens: int,
@@ -149,11 +152,12 @@ def init_sampling_state(
 ) -> SamplingState:
     """Returns the state of empty slots."""
     words = -(-vocab_size // 32)
+    vocab_part = vocab_size if vocab_part is None else vocab_part
     return SamplingState(
         floats=jnp.tile(_OFF_FLOATS, (num_slots, 1)),
         ints=jnp.tile(_OFF_INTS, (num_slots, 1)),
-        output_counts=jnp.zeros((num_slots, vocab_size), jnp.int32),
-        in_prompt=jnp.zeros((num_slots, vocab_size), jnp.bool_),
+        output_counts=jnp.zeros((num_slots, vocab_part), jnp.int32),
+        in_prompt=jnp.zeros((num_slots, vocab_part), jnp.bool_),
         bias_tokens=jnp.full((num_slots, max_bias), vocab_size, jnp.int32),
         bias_values=jnp.zeros((num_slots, max_bias), jnp.float32),
         allowed=jnp.zeros((num_slots, words), jnp.uint32),
@@ -267,6 +271,7 @@ def load_history(
     prompts = jnp.where(is_output, state.num_slots, slots)
     # The TPU compiler scatters into a flat copy. Of bytes it takes minutes to make one, of words
     # not; the barrier keeps it from turning them into bytes before they are rows again.
+    tokens = vocab.local_tokens(tokens, state.output_counts.shape[1])
     in_prompt = state.in_prompt.astype(jnp.int32).at[prompts, tokens].set(1, mode="drop")
     return dataclasses.replace(
         state,
@@ -286,11 +291,12 @@ def record_tokens(
     clipped = jnp.minimum(slots, num_slots - 1)
     counted = jnp.where(_has_penalties(state.floats[clipped]), slots, num_slots)
     recent = jnp.concatenate([state.recent[clipped], tokens[:, None]], axis=1)[:, 1:]
+    local = vocab.local_tokens(tokens, state.output_counts.shape[1])
     return dataclasses.replace(
         state,
         ints=state.ints.at[slots, Int.NUM_OUTPUT].add(1, mode="drop"),
         recent=state.recent.at[slots].set(recent, mode="drop"),
-        output_counts=state.output_counts.at[counted, tokens].add(1, mode="drop"),
+        output_counts=state.output_counts.at[counted, local].add(1, mode="drop"),
     )
 
 

@@ -1,7 +1,10 @@
 """Exact searches along a vocabulary axis: argmax, top-k and mass thresholds, none by a full sort.
 
 A row is seen as blocks of 128 tokens. Reductions inside a block are wide and cheap on every
-backend (and stay local when the vocabulary is sharded); what follows sees one number per block.
+backend; what follows sees one number per block.
+
+Each device of a mesh holds its part of the vocabulary, in whole blocks. Tokens are numbered over
+all of it, and every device gets the same answer, bit for bit: loops and conds depend on them.
 """
 
 from __future__ import annotations
@@ -9,6 +12,8 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from jax import lax
+
+from jaxserve.ops.parallel import gather_along, index_along, parts_along
 
 BLOCK_TOKENS = 128  # lanes of a TPU vector register; 64 to 256 measured alike on CPU
 
@@ -24,11 +29,51 @@ def to_blocks(
     return logits.reshape(rows, -1, BLOCK_TOKENS)
 
 
+def first_token(
+    num_tokens: int,  # of each device's part
+) -> jax.Array:  # [] i32
+    """Returns the number of the first token that this device holds."""
+    return index_along("vocab") * num_tokens
+
+
+def local_tokens(
+    tokens: jax.Array,  # any shape, i32
+    num_tokens: int,  # of each device's part
+) -> jax.Array:  # same shape; num_tokens for those of other devices, and for what is no token
+    """Returns where this device holds the tokens, to be read or scattered with mode="drop"."""
+    if parts_along("vocab") == 1:
+        return tokens
+    local = tokens - first_token(num_tokens)
+    return jnp.where((local >= 0) & (local < num_tokens), local, num_tokens)
+
+
+def total(
+    x: jax.Array,  # any shape, each device's sum over its tokens
+) -> jax.Array:  # same shape
+    """Returns the sum over all tokens."""
+    return gather_along(x, "vocab").sum(0)
+
+
+def largest(
+    x: jax.Array,  # any shape, each device's maximum over its tokens
+) -> jax.Array:  # same shape
+    """Returns the maximum over all tokens."""
+    return gather_along(x, "vocab").max(0)
+
+
+def smallest(
+    x: jax.Array,  # any shape, each device's minimum over its tokens
+) -> jax.Array:  # same shape
+    """Returns the minimum over all tokens."""
+    return gather_along(x, "vocab").min(0)
+
+
 def take_block(
     blocks: jax.Array,  # [rows, blocks, BLOCK_TOKENS]
     block: jax.Array,  # [rows] i32
 ) -> jax.Array:  # [rows, BLOCK_TOKENS]
-    """Returns one block of each row."""
+    """Returns one block of each row; the device's last where it has no such block."""
+    block = jnp.minimum(block, blocks.shape[1] - 1)
     return jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]
 
 
@@ -44,14 +89,38 @@ def argmax(
     values = take_block(blocks, block)
     inside = jnp.argmax(values, axis=1).astype(jnp.int32)
     # Not block_max.max(1): XLA fuses that into a second pass over the vocabulary.
-    return block * BLOCK_TOKENS + inside, values.max(1)
+    token, value = block * BLOCK_TOKENS + inside, values.max(1)
+    if parts_along("vocab") == 1:
+        return token, value
+    tokens = gather_along(token + first_token(blocks.shape[1] * BLOCK_TOKENS), "vocab")
+    parts = gather_along(value, "vocab")  # [parts, rows]
+    best = jnp.argmax(parts, axis=0)[None]
+    return jnp.take_along_axis(tokens, best, axis=0)[0], parts.max(0)
 
 
 def top_k(
     blocks: jax.Array,  # [rows, blocks, BLOCK_TOKENS] f32
     k: int,
 ) -> tuple[jax.Array, jax.Array]:  # [rows, k] f32, [rows, k] i32
-    """Returns the `k` largest values and their tokens, as `lax.top_k` over the row would.
+    """Returns the `k` largest values and their tokens, as `lax.top_k` over the row would."""
+    num_tokens = blocks.shape[1] * BLOCK_TOKENS
+    values, tokens = _local_top_k(blocks, min(k, num_tokens))
+    if parts_along("vocab") == 1:
+        return values, tokens
+    # Devices in vocabulary order, so that ties go to the smaller token here too.
+    all_values, all_tokens = (
+        jnp.moveaxis(gather_along(part, "vocab"), 0, 1).reshape(part.shape[0], -1)
+        for part in (values, tokens + first_token(num_tokens))
+    )
+    values, index = _top_k(all_values, k)
+    return values, jnp.take_along_axis(all_tokens, index, axis=1)
+
+
+def _local_top_k(
+    blocks: jax.Array,  # [rows, blocks, BLOCK_TOKENS] f32
+    k: int,
+) -> tuple[jax.Array, jax.Array]:  # [rows, k] f32, [rows, k] i32
+    """Returns the device's own `k` largest, its tokens numbered from 0.
 
     Only the `k` blocks with the largest maxima can hold them: a token outside those blocks has k
     tokens at or above it. The chosen blocks are read in vocabulary order, so that ties go to the
@@ -118,7 +187,7 @@ def _bisect(
         middle = (lower & upper) + ((lower ^ upper) >> 1)  # the mean, without overflow
         is_above = keys >= _from_ordered(middle)[:, None, None]
         # A float count is exact below 2^24 and vectorises where integers do not.
-        mass = jnp.where(is_above, 1.0 if weights is None else weights, 0.0).sum((1, 2))
+        mass = total(jnp.where(is_above, 1.0 if weights is None else weights, 0.0).sum((1, 2)))
         is_open = lower + 1 < upper
         is_reached = mass >= target
         return (

@@ -8,7 +8,7 @@ from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request as HttpRequest
 from starlette.responses import Response
 from starlette.routing import Route
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Lifespan, Receive, Scope, Send
 
 from jaxserve.errors import (
     AuthenticationError,
@@ -28,8 +28,8 @@ RETRY_AFTER_S = 1
 ALWAYS_SERVED = auth.OPEN_PATHS | {"/metrics", "/version"}
 
 
-def build_app(state: ServerState) -> Starlette:
-    """Returns the application over `state`, which may still be loading."""
+def http_app(state: ServerState, lifespan: Lifespan[Starlette] | None = None) -> Starlette:
+    """Returns the routes over `state`, which may still be loading."""
     app = Starlette(
         routes=[
             Route("/v1/completions", completions.create_completion, methods=["POST"]),
@@ -49,6 +49,7 @@ def build_app(state: ServerState) -> Starlette:
             ClientDisconnect: _on_error,
             Exception: _on_error,
         },
+        lifespan=lifespan,
     )
     app.router.redirect_slashes = False
     app.state.server = state

@@ -37,7 +37,7 @@ def http_server(app: ASGIApp, config: ServerConfig) -> HttpServer:
             http=protocol_for(config.header_timeout_s),
             h11_max_incomplete_event_size=65536,
             ws="none",
-            lifespan="off",
+            lifespan="on",
             server_header=False,
             proxy_headers=False,
             log_config=None,

@@ -25,6 +25,7 @@ class ServerState:
     engine: IpcClient | None = None
     text: ModelText | None = None
     is_draining: bool = False
+    failure: str | None = None  # why there is no engine and will be none
     num_running: int = 0  # HTTP requests past the door
     created: int = field(default_factory=lambda: int(time.time()))
     metrics: ServerMetrics = field(default_factory=ServerMetrics)
@@ -33,6 +34,8 @@ class ServerState:
         """Raises `NotReady` when the engine has died: whoever asks should ask another server."""
         if self.engine is not None and self.engine.error is not None:
             raise NotReady(f"the engine has stopped: {self.engine.error}")
+        if self.failure is not None:
+            raise NotReady(f"the server cannot serve: {self.failure}")
 
     def check_ready(self) -> None:
         """Raises `NotReady` while loading or draining, and when the engine has died."""

@@ -26,7 +26,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import SingleDeviceSharding
 
-from scripts.compile_targets import topology_of, use_compilers
+from jaxserve.planning.targets import devices_of
+from scripts.compile_targets import use_compilers
 
 # The sequences of a mixed step differ from a decode step's in number: Mosaic compiles a kernel once
 # for a process, and says nothing of it the second time.
@@ -147,7 +148,7 @@ def _arguments(case: KernelCase, pages: tuple[jax.ShapeDtypeStruct, ...]) -> dic
     """Returns the abstract arguments of `attend`, on the device."""
     is_decode = case.step == "decode"
     tokens, sequences = (DECODES, DECODES) if is_decode else (TOKENS, SEQUENCES)
-    device = SingleDeviceSharding(topology_of("h100").devices[0])
+    device = SingleDeviceSharding(devices_of("h100")[0])
 
     def array(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=device)

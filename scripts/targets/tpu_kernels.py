@@ -133,9 +133,9 @@ def compile_case(target: str, case: KernelCase, folder: Path) -> Figures:
     import jax
     from jax.sharding import SingleDeviceSharding
 
-    from scripts.compile_targets import topology_of
+    from jaxserve.planning.targets import devices_of
 
-    device = topology_of(target).devices[0]
+    device = devices_of(target)[0]
     mesh = jax.sharding.Mesh([device], ("tensor",))
     sharding = SingleDeviceSharding(device)
     started_s = time.monotonic()

@@ -42,7 +42,29 @@ def run_alone(request, max_model_len):
 
 
 class FakeDevice:
-    """Runs plans in order. Memory starts as junk and is never cleared."""
+    """Runs plans in order, each sequence's part on its rank."""
+
+    def __init__(self, *, num_ranks=1, **sizes):
+        self.ranks = [FakeRank(**sizes) for _ in range(num_ranks)]
+
+    def run(self, plan):
+        """Returns the results of `plan.spans`."""
+        for sequence in plan.admitted:
+            self.ranks[sequence.rank].page_table[sequence.slot] = {}
+        for sequence, first_index, pages in plan.grants:
+            for index, page in enumerate(pages, first_index):
+                self.ranks[sequence.rank].page_table[sequence.slot][index] = page
+        # Last to first: nothing promises that a span sees what another of its step wrote.
+        spans = reversed(plan.spans)
+        return [self.ranks[span.sequence.rank].run_span(span) for span in spans][::-1]
+
+    def read(self, sequence, end):
+        """Returns the tokens whose keys a running sequence sees at positions [0, end)."""
+        return self.ranks[sequence.rank].read(sequence.slot, end)
+
+
+class FakeRank:
+    """One rank's memory. It starts as junk and is never cleared."""
 
     def __init__(self, *, num_pages, page_size, num_slots):
         self.page_size = page_size
@@ -50,25 +72,12 @@ class FakeDevice:
         self.page_table = [{} for _ in range(num_slots)]
         self.last_token = [777] * num_slots
 
-    def run(self, plan):
-        """Returns the results of `plan.spans`."""
-        for sequence in plan.admitted:
-            self.page_table[sequence.slot] = {}
-        for sequence, first_index, pages in plan.grants:
-            for index, page in enumerate(pages, first_index):
-                self.page_table[sequence.slot][index] = page
-        # Last to first: nothing promises that a span sees what another of its step wrote.
-        return [self._run_span(span) for span in reversed(plan.spans)][::-1]
-
     def read(self, slot, end):
         """Returns the tokens whose keys a slot sees at positions [0, end)."""
         return [self.memory[self._address(slot, position)] for position in range(end)]
 
-    def _address(self, slot, position):
-        index, offset = divmod(position, self.page_size)
-        return self.page_table[slot][index] * self.page_size + offset
-
-    def _run_span(self, span):
+    def run_span(self, span):
+        """Writes a span's tokens; returns its result."""
         sequence, slot, end = span.sequence, span.sequence.slot, span.start + span.count
         tokens = sequence.tokens[span.start : end]
         if span.takes_device_token:
@@ -87,19 +96,28 @@ class FakeDevice:
         self.last_token[slot] = token = next_token(context)
         return SpanResult(token, logprobs_of(context, token), scored)
 
+    def _address(self, slot, position):
+        index, offset = divmod(position, self.page_size)
+        return self.page_table[slot][index] * self.page_size + offset
+
 
 class Pipeline:
-    """A scheduler and a device with one step in flight, as in the engine. Keeps all updates."""
+    """A scheduler and a device with one step in flight, as in the engine. Keeps all updates.
 
-    def __init__(self, scheduler, device):
+    `check` sees each plan, or None, before anything else happens.
+    """
+
+    def __init__(self, scheduler, device, check=lambda plan: None):
         self.scheduler = scheduler
         self.device = device
+        self.check = check
         self.in_flight = None
         self.updates = {}
 
     def step(self):
         """Plans and runs a step, then commits the one before; returns the plan."""
         plan = self.scheduler.plan_step()
+        self.check(plan)
         assert plan or self.in_flight or not self.scheduler.has_work, "nothing will ever happen"
         results = None if plan is None else self.device.run(plan)
         if self.in_flight is not None:
@@ -121,8 +139,8 @@ class Pipeline:
         return [token for update in self.updates.get(request_id, ()) for token in update.tokens]
 
 
-def scheduler_of(*, num_pages=16, page_size=4, caches=False, **limits):
-    """Returns a scheduler of roomy limits, but for those given."""
+def scheduler_of(*, num_ranks=1, num_pages=16, page_size=4, caches=False, **limits):
+    """Returns a scheduler of roomy limits, but for those given; pages and slots are each rank's."""
     defaults = {
         "num_slots": 4,
         "max_step_tokens": 16,
@@ -133,18 +151,20 @@ def scheduler_of(*, num_pages=16, page_size=4, caches=False, **limits):
         "max_history_tokens": 64,
         "max_wide_admissions": 2,
     }
-    prefix_cache = PrefixCache(page_size, enabled=caches)
-    pool = PagePool(num_pages)
-    return Scheduler(pool, prefix_cache, page_size=page_size, **{**defaults, **limits})
+    pools = [PagePool(num_pages) for _ in range(num_ranks)]
+    prefix_caches = [PrefixCache(page_size, enabled=caches) for _ in range(num_ranks)]
+    return Scheduler(pools, prefix_caches, page_size=page_size, **{**defaults, **limits})
 
 
-def pipeline_of(*, num_pages=16, page_size=4, num_slots=4, **options):
+def pipeline_of(*, num_ranks=1, num_pages=16, page_size=4, num_slots=4, **options):
     """Returns a scheduler with a device that runs its plans."""
-    scheduler = scheduler_of(
-        num_pages=num_pages, page_size=page_size, num_slots=num_slots, **options
-    )
-    device = FakeDevice(num_pages=num_pages, page_size=page_size, num_slots=num_slots)
-    return Pipeline(scheduler, device)
+    sizes = {
+        "num_ranks": num_ranks,
+        "num_pages": num_pages,
+        "page_size": page_size,
+        "num_slots": num_slots,
+    }
+    return Pipeline(scheduler_of(**sizes, **options), FakeDevice(**sizes))
 
 
 def request(request_id, prompt, *, priority=0, salt="", **params):
@@ -167,6 +187,11 @@ def spans_of(plan):
 def results_of(plan, token):
     """Returns results with `token` for every span that samples."""
     return [SpanResult(token if span.samples else None) for span in plan.spans]
+
+
+def ranks_of(plan):
+    """Returns the rank of each span's sequence, by request id."""
+    return {span.sequence.request.request_id: span.sequence.rank for span in plan.spans}
 
 
 def ids_of(sequences):

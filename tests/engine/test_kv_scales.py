@@ -8,7 +8,7 @@ from jaxserve import LLM, SamplingParams
 from jaxserve.batch import Batch, ScaledCache
 from jaxserve.engine.kv_scales import kv_scales_for, measured_peaks
 from jaxserve.errors import WeightError
-from jaxserve.mesh import mesh_for
+from jaxserve.mesh import mesh_of_one
 from jaxserve.models.checkpoint import open_checkpoint
 from jaxserve.models.loading import abstract_model, load_params
 from jaxserve.ops.attention import attend
@@ -49,7 +49,7 @@ def add_scales(source, target, names, scheme=None, size=1, value=None):
 def scales_of(folder, dtype):
     with open_checkpoint(folder) as checkpoint:
         model = abstract_model(
-            checkpoint.config, mesh_for("1"), dtype=FLOAT32, activation_dtype=FLOAT32
+            checkpoint.config, mesh_of_one(), dtype=FLOAT32, activation_dtype=FLOAT32
         )
         params = load_params(model, checkpoint, lambda done, total: None)
         return kv_scales_for(model, params, checkpoint, dtype), measured_peaks(model, params)

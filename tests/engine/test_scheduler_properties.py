@@ -2,8 +2,16 @@
 
 import dataclasses
 
+import pytest
 from hypothesis import settings, strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 
 from jaxserve.engine.pages import PagePool
 from jaxserve.engine.prefix_cache import PrefixCache
@@ -55,8 +63,27 @@ def limits(draw):
     }
 
 
+def use_of(plan, rank):
+    """Returns what a plan, or None, takes of each limit of a rank."""
+    spans = () if plan is None else [span for span in plan.spans if span.sequence.rank == rank]
+    grants = () if plan is None else [grant for grant in plan.grants if grant[0].rank == rank]
+    admitted = () if plan is None else [other for other in plan.admitted if other.rank == rank]
+    return {
+        "num_slots": len(spans),
+        "max_step_tokens": sum(span.count for span in spans),
+        "max_step_rows": sum(span.num_rows for span in spans),
+        "max_page_grants": sum(len(grant.pages) for grant in grants),
+        "max_history_tokens": sum(sequence.num_history for sequence in admitted),
+        "max_wide_admissions": sum(sequence.is_wide for sequence in admitted),
+    }
+
+
 class SchedulerMachine(RuleBasedStateMachine):
     """Drives a scheduler and a device that remembers what each page holds."""
+
+    def __init__(self, num_ranks):
+        super().__init__()
+        self.num_ranks = num_ranks
 
     @initialize(
         limits=limits(), caches=st.booleans(), start=st.lists(tokens, min_size=16, max_size=16)
@@ -64,11 +91,14 @@ class SchedulerMachine(RuleBasedStateMachine):
     def build(self, limits, caches, start):
         self.limits = dict(limits)
         num_pages, page_size = limits.pop("num_pages"), limits["page_size"]
-        self.pool = PagePool(num_pages)
-        prefix_cache = PrefixCache(page_size, enabled=caches)
-        scheduler = Scheduler(self.pool, prefix_cache, eos_tokens=(EOS,), **limits)
-        device = FakeDevice(num_pages=num_pages, page_size=page_size, num_slots=limits["num_slots"])
-        self.pipeline = Pipeline(scheduler, device)
+        self.pools = [PagePool(num_pages) for _ in range(self.num_ranks)]
+        prefix_caches = [PrefixCache(page_size, enabled=caches) for _ in range(self.num_ranks)]
+        scheduler = Scheduler(self.pools, prefix_caches, eos_tokens=(EOS,), **limits)
+        sizes = {"num_pages": num_pages, "page_size": page_size, "num_slots": limits["num_slots"]}
+        device = FakeDevice(num_ranks=self.num_ranks, **sizes)
+        self.pipeline = Pipeline(scheduler, device, self._check_plan)
+        self.num_moved = 0  # admissions of sequences that were preempted on another rank
+        self.last_rank = {}  # of each sequence that has run
         self.start = start  # shared by prompts, so that prefixes are hit
         self.requests = {}
         self.aborted = set()
@@ -111,21 +141,27 @@ class SchedulerMachine(RuleBasedStateMachine):
     @rule(count=st.sampled_from([4, 1, 2, 8]))
     def step(self, count):
         for _ in range(count):
-            self._check_plan(self.pipeline.step())
+            self.pipeline.step()
             self._check_memory()
 
     @invariant()
-    def pages_are_conserved(self):
-        if not hasattr(self, "pool"):
+    def pages_and_slots_are_conserved(self):
+        if not hasattr(self, "pools"):
             return
-        self.pool.check()
-        held = [page for sequence in self.scheduler.running for page in sequence.pages]
-        assert len(set(held)) == self.pool.num_pages - self.pool.num_free
-        assert all(self.pool.num_holders_of(page) == held.count(page) for page in held)
-        assert not any(sequence.pages for sequence in self.scheduler.waiting)
+        for rank, pool in enumerate(self.pools):
+            pool.check()
+            running = [sequence for sequence in self.scheduler.running if sequence.rank == rank]
+            held = [page for sequence in running for page in sequence.pages]
+            assert len(set(held)) == pool.num_pages - pool.num_free
+            assert all(pool.num_holders_of(page) == held.count(page) for page in held)
+            slots = {sequence.slot for sequence in running}
+            assert len(slots) == len(running) and slots <= set(range(self.limits["num_slots"]))
+        waiting = self.scheduler.waiting
+        assert not any(sequence.pages for sequence in waiting)
+        assert {(sequence.rank, sequence.slot) for sequence in waiting} <= {(None, None)}
 
     def teardown(self):
-        if not hasattr(self, "pool"):
+        if not hasattr(self, "pools"):
             return
         num_steps = 0
         while self.scheduler.has_work or self.pipeline.in_flight:
@@ -140,27 +176,59 @@ class SchedulerMachine(RuleBasedStateMachine):
         return any(update.finish_reason is not None for update in updates)
 
     def _check_plan(self, plan):
-        if plan is None:
-            return
-        limits, spans = self.limits, plan.spans
-        assert plan.num_tokens == sum(span.count for span in spans) <= limits["max_step_tokens"]
-        assert plan.num_rows == sum(span.num_rows for span in spans) <= limits["max_step_rows"]
-        assert sum(len(grant.pages) for grant in plan.grants) <= limits["max_page_grants"]
-        num_history = sum(sequence.num_history for sequence in plan.admitted)
-        assert num_history <= limits["max_history_tokens"]
-        assert sum(sequence.is_wide for sequence in plan.admitted) <= limits["max_wide_admissions"]
-        assert len({span.sequence for span in spans}) == len(spans) <= limits["num_slots"]
+        uses = [use_of(plan, rank) for rank in range(self.num_ranks)]
+        assert all(use[name] <= self.limits[name] for use in uses for name in use)
+        short = set()  # ranks that preempt
+        if plan is not None:
+            self._check_spans(plan)
+            assert plan.num_tokens == max(use["max_step_tokens"] for use in uses)
+            assert plan.num_rows == max(use["max_step_rows"] for use in uses)
+            assert plan.num_sequences == max(use["num_slots"] for use in uses)
+            short = {self.last_rank[sequence] for sequence in plan.preempted}
+            self.num_moved += sum(
+                self.last_rank.get(sequence, sequence.rank) != sequence.rank
+                for sequence in plan.admitted
+            )
+        for rank, use in enumerate(uses):
+            assert rank in short or not self._has_room(rank, use), f"{rank=} could admit more"
+        self.last_rank.update((sequence, sequence.rank) for sequence in self.scheduler.running)
+
+    def _check_spans(self, plan):
+        spans = plan.spans
         assert all(span.count == 1 and span.samples for span in spans[: plan.num_decode])
         assert not any(span.count == 1 and span.samples for span in spans[plan.num_decode :])
         computing = {span.sequence for span in spans}
-        assert not computing.intersection(plan.preempted)
+        assert len(computing) == len(spans)
         assert computing.issuperset(plan.admitted)
+        moved = computing.intersection(plan.preempted)
+        assert moved <= set(plan.admitted)
+        assert all(self.last_rank[sequence] != sequence.rank for sequence in moved)
+
+    def _has_room(self, rank, use):
+        """Returns whether a rank surely could have admitted the first that waits, and more."""
+        if not self.scheduler.waiting or self.scheduler.waiting[0].num_in_flight:
+            return False
+        sequence = self.scheduler.waiting[0]
+        num_pages = -(-len(sequence.tokens) // self.limits["page_size"])
+        needs = {
+            "max_step_tokens": 1,
+            "max_step_rows": 1,
+            "max_page_grants": num_pages,
+            "max_history_tokens": sequence.num_history,
+            "max_wide_admissions": int(sequence.is_wide),
+        }
+        num_running = sum(other.rank == rank for other in self.scheduler.running)
+        return (
+            num_running < self.limits["num_slots"]
+            and self.pools[rank].num_free > num_pages  # one is kept for those that run
+            and all(use[name] + need <= self.limits[name] for name, need in needs.items())
+        )
 
     def _check_memory(self):
         """Each running sequence sees its own tokens at every position it has computed."""
         for sequence in self.scheduler.running:
             end = min(sequence.num_computed, len(sequence.tokens))
-            assert self.pipeline.device.read(sequence.slot, end) == sequence.tokens[:end]
+            assert self.pipeline.device.read(sequence, end) == sequence.tokens[:end]
 
     def _check_updates(self, request_id, request):
         outputs, reason, stop_token = run_alone(request, self.limits["max_model_len"])
@@ -189,22 +257,24 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert not cached or not wants_prompt
 
 
-def test_any_history_of_requests_gives_each_what_it_would_get_alone():
+@pytest.mark.parametrize("num_ranks", [1, 2, 3])
+def test_any_history_of_requests_gives_each_what_it_would_get_alone(num_ranks):
     options = settings(max_examples=120, stateful_step_count=30, deadline=None)
-    SchedulerMachine.TestCase.settings = options
-    SchedulerMachine.TestCase().runTest()
+    run_state_machine_as_test(lambda: SchedulerMachine(num_ranks), settings=options)
 
 
-def test_preemptions_and_hits_do_happen_on_a_pool_this_small():
-    machine = SchedulerMachine()
+@pytest.mark.parametrize("num_ranks", [1, 2, 3])
+def test_preemptions_hits_and_moves_do_happen_on_pools_this_small(num_ranks):
+    machine = SchedulerMachine(num_ranks)
     sizes = {"num_pages": 7, "page_size": 2, "num_slots": 4, "max_step_tokens": 6}
-    more = {"max_model_len": 12, "max_waiting": 30, "max_page_grants": 6, "policy": "priority"}
+    more = {"max_model_len": 12, "max_waiting": 72, "max_page_grants": 6, "policy": "priority"}
     rest = {"max_history_tokens": 12, "max_wide_admissions": 1, "max_step_rows": 4}
     machine.build({**sizes, **more, **rest}, True, [3, 1, 4, 1, 5])
     params = dataclasses.asdict(SamplingParams(max_tokens=6, ignore_eos=True, logprobs=0))
-    for number in range(24):
+    for number in range(24 * num_ranks):
         machine.submit(number % 6, [number % 5 + 1], params, number % 3, "", 1)
     machine.teardown()
     totals = machine.scheduler.totals
     assert totals.num_preemptions > 10 and totals.prefix_hits > 10
-    assert totals.num_finished == {"stop": 0, "length": 24, "abort": 0}
+    assert (machine.num_moved > 5) == (num_ranks > 1)
+    assert totals.num_finished == {"stop": 0, "length": 24 * num_ranks, "abort": 0}

@@ -12,7 +12,7 @@ from flax import nnx
 
 from jaxserve.batch import Batch, ScaledCache
 from jaxserve.engine.kv_scales import kv_scales_for
-from jaxserve.mesh import mesh_for
+from jaxserve.mesh import mesh_of_one
 from jaxserve.models.checkpoint import open_checkpoint
 from jaxserve.models.loading import abstract_model, load_params, stored_formats
 from pallas_kernels.ragged_paged_attention import layout_for
@@ -35,7 +35,7 @@ class Forward:
         with open_checkpoint(path) as checkpoint:
             model = abstract_model(
                 checkpoint.config,
-                mesh_for("1"),
+                mesh_of_one(),
                 dtype=FLOAT32,
                 activation_dtype=FLOAT32,
                 quantization=quantization,
@@ -44,6 +44,7 @@ class Forward:
             self._params = load_params(model, checkpoint, lambda done, total: None)
             scales = kv_scales_for(model, self._params, checkpoint, kv_dtype)
         config = model.config
+        self._vocab_size = config.vocab_size
         layout = layout_for(
             "reference",
             page_size=page_size,
@@ -91,7 +92,7 @@ class Forward:
                 attention="reference",
             )
             logits, cache = self._forward(self._params, batch, cache)
-            rows.append(np.asarray(logits))
+            rows.append(np.asarray(logits)[:, : self._vocab_size])
             start += count
         assert start == len(tokens)
         return np.concatenate(rows)

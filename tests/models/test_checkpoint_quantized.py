@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from jaxserve.errors import WeightError
-from jaxserve.mesh import mesh_for
+from jaxserve.mesh import mesh_of_one
 from jaxserve.models.checkpoint import QuantizedCheckpoint, open_checkpoint
 from jaxserve.models.loading import abstract_model, dummy_params, load_params, stored_formats
 from jaxserve.ops.quantization import QuantizedWeight
@@ -149,7 +149,7 @@ def test_matrices_are_kept_as_they_are_stored(tmp_path, source, case):
 def abstract(checkpoint, quantization="auto"):
     return abstract_model(
         checkpoint.config,
-        mesh_for("1"),
+        mesh_of_one(),
         dtype=FLOAT32,
         activation_dtype=FLOAT32,
         quantization=quantization,

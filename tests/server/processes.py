@@ -9,7 +9,7 @@ import re
 import subprocess
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import httpx2
@@ -20,13 +20,13 @@ ROOT = Path(__file__).parents[2]
 class ServerProcess:
     """A running `jaxserve serve`, its log, and its address once it listens."""
 
-    def __init__(self, process: subprocess.Popen[str]) -> None:
+    def __init__(self, process: subprocess.Popen[str], listening: str, timeout_s: float) -> None:
         self.process = process
         self.log: list[str] = []
         self._lines: queue.SimpleQueue[str] = queue.SimpleQueue()
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
-        self.url = self.wait_for_line(r"listening on (http://\S+)", 30)
+        self.url = self.wait_for_line(listening, timeout_s)
 
     def wait_for_line(self, pattern: str, timeout_s: float) -> str:
         """Returns the first group of the log line that matches."""
@@ -55,17 +55,23 @@ class ServerProcess:
 
 
 @contextlib.contextmanager
-def running(command: Sequence[str]) -> Iterator[ServerProcess]:
+def running(
+    command: Sequence[str],
+    *,
+    listening: str = r"listening on (http://\S+)",
+    listen_timeout_s: float = 30.0,
+    env: Mapping[str, str] | None = None,  # over this process's own
+) -> Iterator[ServerProcess]:
     """Starts a server and kills it at the end, should it still run."""
     process = subprocess.Popen(
         command,
         stderr=subprocess.PIPE,
         text=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"},
+        env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore", **(env or {})},
         cwd=ROOT,
     )
     try:
-        yield ServerProcess(process)
+        yield ServerProcess(process, listening, listen_timeout_s)
     finally:
         process.kill()
         process.wait()

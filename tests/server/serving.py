@@ -13,7 +13,7 @@ from typing import Any
 from jaxserve.config import EngineConfig, ServerConfig
 from jaxserve.engine.ipc import IpcClient
 from jaxserve.engine.process import serve_ipc
-from jaxserve.server.app import build_app
+from jaxserve.server.app import http_app
 from jaxserve.server.http import HttpServer, address_of, bind, http_server
 from jaxserve.server.model_text import ModelText
 from jaxserve.server.state import ServerState
@@ -101,7 +101,7 @@ class EchoServer:
     async def _serve(self) -> None:
         sock = bind("127.0.0.1", 0)
         self.url, self.port = address_of(sock), sock.getsockname()[1]
-        self._server = http_server(build_app(self.state), self.state.config)
+        self._server = http_server(http_app(self.state), self.state.config)
         async with self.link.client() as client:
             self.state.engine = client
             tokenizer = byte_tokenizer()

@@ -130,7 +130,8 @@ def test_a_second_signal_ends_both_processes_at_once(model):
 def test_a_signal_does_not_wait_for_a_model_that_is_being_found(model):
     code = (
         "import sys, time; from jaxserve.config import EngineConfig, ServerConfig;"
-        "from jaxserve.server import main; main.find_model = lambda config: time.sleep(60);"
+        "from jaxserve.server import life, main;"
+        "life.find_model = lambda config: time.sleep(60);"
         "sys.exit(main.run(EngineConfig(), ServerConfig(port=0)))"
     )
     with running([sys.executable, "-c", code]) as server:

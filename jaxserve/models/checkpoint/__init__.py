@@ -12,7 +12,7 @@ from jaxserve.models.checkpoint.contract import Checkpoint, TokenizerFiles, Weig
 from jaxserve.models.checkpoint.experts import ExpertCheckpoint, has_experts
 from jaxserve.models.checkpoint.gguf import GgufCheckpoint
 from jaxserve.models.checkpoint.gguf_tokenizer import gguf_tokenizer_files
-from jaxserve.models.checkpoint.hub import resolve
+from jaxserve.models.checkpoint.hub import resolve, resolve_config
 from jaxserve.models.checkpoint.quantized import QuantizedCheckpoint
 from jaxserve.models.checkpoint.safetensors import SafetensorsCheckpoint
 from jaxserve.models.checkpoint.tokenizer_folder import folder_tokenizer_files
@@ -24,6 +24,7 @@ __all__ = [
     "WeightFormat",
     "open_checkpoint",
     "resolve",
+    "resolve_config",
     "tokenizer_files",
 ]
 

