@@ -55,6 +55,8 @@ TOO_LARGE = {
     ("v5e", "llama-3.1-8b"): "15 GiB of weights, 16 GB of memory",
     ("v5e", "qwen3-32b"): "61 GiB of weights, 16 GB of memory",
     ("v6e", "qwen3-32b"): "61 GiB of weights, 32 GB of memory",
+    ("v5e", "qwen3-30b-a3b"): "57 GiB of weights, 16 GB of memory",
+    ("v6e", "qwen3-30b-a3b"): "57 GiB of weights, 32 GB of memory",
     ("v5e", "gemma-3-27b"): "50 GiB of weights, 16 GB of memory",
     ("v6e", "gemma-3-27b"): "50 GiB of weights, 32 GB of memory",
 }
