@@ -108,49 +108,86 @@ def quantize(
     """Returns the nearest data, scales and zeros, as `QuantizedWeight` holds them.
 
     int8 and float8 are symmetric. Sixteen levels are too few for that: int4 gets zeros, and each
-    group the range, of some that are narrower than its own, that leaves the least square error.
+    group the steps, of some that are tried, that leave the least square error.
     """
     groups = weight.astype(jnp.float32).reshape(weight.shape[0], num_groups, -1)
     if jnp.dtype(dtype) == jnp.int4:
-        levels, scale, zero = _narrowed(groups)
-        return levels.reshape(weight.shape).astype(dtype), scale.T, zero.T.astype(jnp.int8)
+        scale, zero = _fitted(groups)
+        data = _levels(groups, scale, zero).reshape(weight.shape).astype(dtype)
+        return data, scale.T, zero.T.astype(jnp.int8)
     scale = jnp.maximum(jnp.abs(groups).max(2) / largest(dtype), _LEAST_SCALE)
     data = round_to(groups / scale[:, :, None], dtype)
     return data.reshape(weight.shape), scale.T, None
 
 
-def _narrowed(
+def _fitted(
     groups: jax.Array,  # [out, groups, columns] f32
-) -> tuple[
-    jax.Array, jax.Array, jax.Array
-]:  # levels -8 to 7 like groups; scale, zero [out, groups]
+) -> tuple[jax.Array, jax.Array]:  # [out, groups] f32: scale, and zero in steps of its own
+    """Returns int4's steps for each group: the best of some ranges, then fitted to its levels.
+
+    The fit is that of half-quadratic quantisation without its outliers: levels and steps take
+    turns at being the nearest (https://mobiusml.github.io/hqq_blog).
+    """
     top, bottom = groups.max(2), groups.min(2)
     middle = (top + bottom) / 2
     # A group far from 0 gets wider steps, so that its zero fits 8 bits.
     half = jnp.maximum((top - bottom) / 2, jnp.abs(middle) / 2)
 
-    def attempt(part: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def narrow(index: jax.Array, best: _Steps) -> _Steps:
+        part = 1 - 0.05 * index.astype(jnp.float32)
         scale = jnp.maximum(2 * half * part / 15, _LEAST_SCALE)
-        zero = jnp.round(((half * part - middle) / scale - 8) * _INT4_ZERO_STEPS)
-        zero = jnp.clip(zero, -128, 127)
-        shift = (zero / _INT4_ZERO_STEPS)[:, :, None]
-        levels = jnp.clip(jnp.round(groups / scale[:, :, None] + shift), -8, 7)
-        return levels, scale, zero
+        return _better(groups, best, scale, (half * part - middle) / scale - 8)
 
-    def error(levels: jax.Array, scale: jax.Array, zero: jax.Array) -> jax.Array:
-        values = (levels - (zero / _INT4_ZERO_STEPS)[:, :, None]) * scale[:, :, None]
-        return ((values - groups) ** 2).sum(2)
+    def fit(index: jax.Array, best: _Steps) -> _Steps:
+        levels = _levels(groups, best.scale, best.zero)
+        mean = levels.mean(2)
+        apart = levels - mean[:, :, None]
+        slope = (apart * groups).sum(2) / jnp.maximum((apart**2).sum(2), 1)
+        scale = jnp.where(slope > _LEAST_SCALE, slope, best.scale)
+        return _better(groups, best, scale, mean - groups.mean(2) / scale)
 
-    whole = jnp.ones(half.shape, jnp.float32)
+    nothing = jnp.zeros(half.shape, jnp.float32)
+    best = _Steps(error=jnp.full(half.shape, jnp.inf, jnp.float32), scale=nothing, zero=nothing)
+    best = lax.fori_loop(0, 6, narrow, best)
+    best = lax.fori_loop(0, 3, fit, best)
+    return best.scale, best.zero
 
-    def visit(index: jax.Array, state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        best_part, least = state
-        part = whole - 0.025 * index.astype(jnp.float32)
-        found = error(*attempt(part))
-        return jnp.where(found < least, part, best_part), jnp.minimum(found, least)
 
-    best_part, _ = lax.fori_loop(1, 11, visit, (whole, error(*attempt(whole))))
-    return attempt(best_part)
+@flax.struct.dataclass
+class _Steps:
+    """A choice for each group, and what it costs."""
+
+    error: jax.Array  # [out, groups] f32, squared and summed
+    scale: jax.Array  # [out, groups] f32
+    zero: jax.Array  # [out, groups] f32, in steps of its own
+
+
+def _better(
+    groups: jax.Array,  # [out, groups, columns] f32
+    best: _Steps,
+    scale: jax.Array,  # [out, groups] f32
+    zero: jax.Array,  # [out, groups] f32, in levels
+) -> _Steps:
+    """Returns the best, or in groups where they err less, these."""
+    zero = jnp.clip(jnp.round(zero * _INT4_ZERO_STEPS), -128, 127)
+    shift = (zero / _INT4_ZERO_STEPS)[:, :, None]
+    values = (_levels(groups, scale, zero) - shift) * scale[:, :, None]
+    error = ((values - groups) ** 2).sum(2)
+    is_better = error < best.error
+    return _Steps(
+        error=jnp.minimum(error, best.error),
+        scale=jnp.where(is_better, scale, best.scale),
+        zero=jnp.where(is_better, zero, best.zero),
+    )
+
+
+def _levels(
+    groups: jax.Array,  # [out, groups, columns] f32
+    scale: jax.Array,  # [out, groups] f32
+    zero: jax.Array,  # [out, groups] f32, in steps of its own
+) -> jax.Array:  # -8 to 7, like groups
+    shift = (zero / _INT4_ZERO_STEPS)[:, :, None]
+    return jnp.clip(jnp.round(groups / scale[:, :, None] + shift), -8, 7)
 
 
 def form_for(
