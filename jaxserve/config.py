@@ -45,7 +45,8 @@ class EngineConfig:
     dtype: Literal["auto", "bfloat16", "float32"] = option("auto", "type of the weights")
     quantization: Literal["auto", "int8", "int4", "fp8"] = option(
         "auto",
-        "type that layers' matrices are quantised to at load (embeddings and head are not); "
+        "type that layers' matrices are quantised to at load (embeddings and head are not; int4 "
+        "leaves those of keys and values int8); "
         "`auto` keeps what the checkpoint has, quantised or not",
     )
     kv_cache_dtype: Literal[

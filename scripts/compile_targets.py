@@ -55,6 +55,8 @@ TOO_LARGE = {
     ("v5e", "llama-3.1-8b"): "15 GiB of weights, 16 GB of memory",
     ("v5e", "qwen3-32b"): "61 GiB of weights, 16 GB of memory",
     ("v6e", "qwen3-32b"): "61 GiB of weights, 32 GB of memory",
+    ("v5e", "qwen3-30b-a3b"): "57 GiB of weights, 16 GB of memory",
+    ("v6e", "qwen3-30b-a3b"): "57 GiB of weights, 32 GB of memory",
     ("v5e", "gemma-3-27b"): "50 GiB of weights, 16 GB of memory",
     ("v6e", "gemma-3-27b"): "50 GiB of weights, 32 GB of memory",
 }
@@ -93,6 +95,7 @@ class Case:
     quantization: str = "auto"
     kv_cache_dtype: str = "auto"
     mesh: str = "1"
+    max_num_seqs: int | None = None  # of each rank; None: the target's default
 
 
 def named_buckets(engine: AbstractEngine) -> dict[str, Bucket]:
@@ -114,6 +117,7 @@ def compile_case(case: Case, bucket_name: str) -> Program:
             "quantization": case.quantization,
             "kv_cache_dtype": case.kv_cache_dtype,
             "mesh": case.mesh,
+            "max_num_seqs": case.max_num_seqs or "auto",
         },
     )
     devices = devices_of(case.target, mesh.num_devices)

@@ -26,6 +26,7 @@ LAYERS = (
     ("jaxserve.llm",),
     ("jaxserve",),
     ("jaxserve.address", "jaxserve.options"),
+    ("jaxserve.planning",),
     ("jaxserve.bench", "jaxserve.complete", "jaxserve.doctor", "jaxserve.repl"),
     ("jaxserve.cli",),
     ("jaxserve.__main__", "jaxserve.asgi"),

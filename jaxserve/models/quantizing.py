@@ -27,7 +27,7 @@ from jaxserve.ops.quantization import (
 Axes: TypeAlias = tuple[str | None, ...]
 
 TYPE_OF = {"int4": "int4", "int8": "int8", "fp8": "float8_e4m3fn"}
-_MOST_COLUMNS, _LEAST_COLUMNS = 128, 32  # that share a scale in int4
+_INT4_COLUMNS = 32  # that share a scale
 
 
 def is_layer_matrix(axes: Axes) -> bool:
@@ -45,21 +45,23 @@ def load_time_format(
 ) -> WeightFormat | None:
     """Returns how a parameter is quantised as it is loaded; None keeps it as it is.
 
-    Raises WeightError for a width that int4 cannot divide.
+    int4 leaves 8 bit to the matrices that make keys and values: they are small where heads share
+    them, and rounded to 4 bit they cost more than all the others (Qwen2.5-Coder-0.5B: 3 % of the
+    weights, two thirds of what its perplexity rises by). Raises WeightError for a width that int4
+    cannot divide.
     """
     if quantization == "auto" or not is_layer_matrix(axes):
         return None
-    if quantization == "int8":
+    if quantization == "int8" or (quantization == "int4" and axes[0] == "kv_heads"):
         return WeightFormat(type="int8")
     if quantization == "fp8":
         return WeightFormat(type="float8_e4m3fn", activations="dynamic")
     assert quantization == "int4", quantization
-    columns = min(shape[-1] & -shape[-1], _MOST_COLUMNS)  # the largest power of two that divides
-    if columns < _LEAST_COLUMNS:
+    if shape[-1] % _INT4_COLUMNS:
         raise WeightError(
-            f"int4 needs widths that {_LEAST_COLUMNS} divides; a matrix has shape {shape}"
+            f"int4 needs widths that {_INT4_COLUMNS} divides; a matrix has shape {shape}"
         )
-    return WeightFormat(type="int4", columns=columns, has_zero=True)
+    return WeightFormat(type="int4", columns=_INT4_COLUMNS, has_zero=True)
 
 
 def abstract_weight(

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from jaxserve.errors import WeightError
-from jaxserve.mesh import mesh_for
+from jaxserve.mesh import mesh_of_one
 from jaxserve.models.checkpoint import open_checkpoint
 from jaxserve.models.loading import abstract_model, dummy_params, load_params
 from jaxserve.models.mixtral import MixtralConfig
@@ -149,7 +149,7 @@ def values_of(folder, quantization):
     with open_checkpoint(folder) as checkpoint:
         model = abstract_model(
             checkpoint.config,
-            mesh_for("1"),
+            mesh_of_one(),
             dtype=FLOAT32,
             activation_dtype=FLOAT32,
             quantization=quantization,
@@ -185,7 +185,8 @@ def test_experts_are_quantised_as_other_matrices_are_and_routers_are_not(tmp_pat
                 tensors[stored] = matrix
         else:
             assert "proj" not in name
-            np.testing.assert_array_equal(value, tensors[name])
+            rows = len(tensors[name])  # what follows them pads the vocabulary
+            np.testing.assert_array_equal(value[:rows], tensors[name])
     twin = folder_of(tmp_path / "b", "qwen3-moe every other layer", moe_intermediate_size=64)
     write_shards(twin, tensors, 1)
     actual = logits_of(folder, PROMPTS[2], chunks=(5, 1), quantization=quantization)

@@ -112,6 +112,30 @@ def test_int4_errs_less_than_without_narrowing():
     assert np.square(actual - DENSE).sum() < 0.97 * np.square(plain - groups).sum()
 
 
+def test_int4_keeps_16_levels_wherever_they_lie():
+    random = np.random.default_rng(3)
+    levels = random.integers(0, 16, (OUT, 2, 32)).astype(np.float32)
+    levels[:, :, :2] = 0, 15
+    step, bottom = random.uniform(0.01, 0.02, (2, OUT, 2, 1)).astype(np.float32)
+    dense = ((levels - 7.5) * step - bottom).reshape(OUT, IN)
+    data, scale, zero = quantize(jnp.asarray(dense), INT4, 2)
+    actual = dequantize(QuantizedWeight(data=data, scale=scale, zero=zero))
+    assert np.abs(actual - dense).max() < 0.02 / 15  # a zero's half step is a sixteenth of a level
+
+
+def test_zeros_count_eighths_of_int4s_levels_and_whole_ones_of_int8s():
+    for dtype, step in ((INT4, 1 / 8), (INT8, 1)):
+        data = jnp.full((2, 4), 3).astype(dtype)
+        zero = jnp.array([[5, -128], [0, 127]], jnp.int8)
+        scale = jnp.array([[1.0, 2.0], [0.5, 1.0]], jnp.float32)
+        actual = dequantize(QuantizedWeight(data=data, scale=scale, zero=zero))
+        expected = [
+            [3 - 5 * step] * 2 + [1.5] * 2,
+            [2 * (3 + 128 * step)] * 2 + [3 - 127 * step] * 2,
+        ]
+        np.testing.assert_array_equal(actual, expected)
+
+
 def test_float8_weights_keep_four_significant_bits():
     data, scale, zero = quantize(jnp.asarray(DENSE), FLOAT8, 1)
     actual = dequantize(QuantizedWeight(data=data, scale=scale, zero=zero))

@@ -12,6 +12,9 @@ import numpy as np
 
 from jaxserve.errors import WeightError
 
+# What number in a weight's `zero` stands for one level of its data, as `ops.quantization` has it.
+ZERO_STEPS = {"int4": 8, "int8": 1}
+
 Index = tuple[slice, ...]  # one slice for each dimension, step 1; as jax hands them to callbacks
 
 
@@ -43,7 +46,7 @@ class StoredWeight:
 
     data: np.ndarray  # [out, in]
     scale: np.ndarray  # [groups, out / rows, rounded up] f32
-    zero: np.ndarray | None = None  # [groups, out] i8
+    zero: np.ndarray | None = None  # [groups, out] i8, `ZERO_STEPS` to a level
     order: np.ndarray | None = None  # [in] i32
     input_scale: np.ndarray | None = None  # [] f32
 

@@ -13,7 +13,7 @@ import ml_dtypes
 import numpy as np
 
 from jaxserve.errors import WeightError
-from jaxserve.models.checkpoint.contract import StoredWeight, WeightFormat
+from jaxserve.models.checkpoint.contract import ZERO_STEPS, StoredWeight, WeightFormat
 
 SUPPORTED = (
     "compressed-tensors (int8, fp8, packed 4 and 8 bit), fp8 (per tensor, or blocks of 128 x 128), "
@@ -400,7 +400,7 @@ def _signed(
         zero = zero - middle
         if zero.max() > 127:
             raise WeightError(f"zero point {zero.max() + middle} exceeds {127 + middle}")
-        zero = zero.astype(np.int8)
+        zero = (zero * ZERO_STEPS[format.type]).astype(np.int8)
     data = (data - np.int16(middle)).astype(_NUMPY_TYPES[format.type])
     return StoredWeight(data=data, scale=scale, zero=zero, order=order)
 

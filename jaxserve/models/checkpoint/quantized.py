@@ -10,7 +10,7 @@ from typing import Self
 import numpy as np
 
 from jaxserve.errors import WeightError
-from jaxserve.models.checkpoint.contract import Index, StoredWeight, WeightFormat
+from jaxserve.models.checkpoint.contract import ZERO_STEPS, Index, StoredWeight, WeightFormat
 from jaxserve.models.checkpoint.files import bounds_of
 from jaxserve.models.checkpoint.quantization import Scheme, scheme_for
 from jaxserve.models.checkpoint.safetensors import SafetensorsCheckpoint
@@ -79,7 +79,8 @@ def dense(weight: StoredWeight, rows: int) -> np.ndarray:  # [out, in] f32
     scale = np.repeat(weight.scale, rows, axis=1)[:, :out_size] if rows > 1 else weight.scale
     groups = weight.data.astype(np.float32).reshape(out_size, len(scale), -1)
     if weight.zero is not None:
-        groups -= weight.zero.astype(np.float32).T[:, :, None]
+        zero = weight.zero.astype(np.float32) / ZERO_STEPS[weight.data.dtype.name]
+        groups -= zero.T[:, :, None]
     values = (groups * scale.T[:, :, None]).reshape(out_size, in_size)
     if weight.order is None:
         return values
