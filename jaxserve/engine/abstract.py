@@ -19,7 +19,7 @@ from jaxserve.config import EngineConfig
 from jaxserve.engine.runner import Bucket, buckets_for, lower_step
 from jaxserve.engine.settings import Dtypes, Settings, dtypes_for, settings_for
 from jaxserve.engine.step import RANK, StepSpec, init_state, state_specs
-from jaxserve.mesh import MeshShape, mesh_for, num_parts, num_processes, parse_mesh
+from jaxserve.mesh import MeshShape, mesh_for, num_parts, parse_mesh
 from jaxserve.models.loading import AbstractModel, Formats, abstract_model, config_of
 
 
@@ -115,7 +115,7 @@ def abstract_engine(
         limits=settings.limits,
         max_logprobs=config.max_logprobs,
         attention=settings.attention.backend,
-        is_gathered=num_processes(mesh) > 1,
+        is_gathered=jax.process_count() > 1,  # devices that are not here count as one process's
     )
     return AbstractEngine(
         model=model, dtypes=dtypes, settings=settings, shape=shape, mesh=mesh, spec=spec

@@ -131,9 +131,7 @@ class Follower:
             except OSError as error:
                 now_s, reason = time.monotonic(), error.strerror or str(error)
             if now_s > deadline_s:
-                raise ConfigError(
-                    f"{where} did not answer in {place.join_timeout_s:g} s: {reason}"
-                )
+                raise ConfigError(f"{where} did not answer in {place.join_timeout_s:g} s: {reason}")
             if now_s - said_s >= REPORT_S:
                 said_s = now_s
                 self._report(f"waiting for {where} ({reason})")
