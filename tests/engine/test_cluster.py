@@ -12,12 +12,14 @@ import time
 
 import pytest
 
-from jaxserve.config import ServerConfig
-from jaxserve.engine import cluster, link
+from jaxserve.config import EngineConfig, ServerConfig
+from jaxserve.engine import cluster, link, startup
 from jaxserve.engine.cluster import Place, hint_of, place_of
 from jaxserve.engine.follower import Follower
 from jaxserve.engine.leader import Leader
 from jaxserve.errors import ConfigError, EngineStopped
+from jaxserve.server import build_app
+from tests.checkpoints import write_llama_folder
 
 FACTS = {"max_num_seqs": "4", "jax version": "1"}
 WAIT_S = 10
@@ -363,3 +365,17 @@ def test_the_detection_prints_nothing_where_there_is_no_cluster():
         [sys.executable, "-m", "jaxserve.engine.detect"], capture_output=True, text=True, check=True
     )
     assert json.loads(done.stdout) == {}
+
+
+def test_an_application_under_another_host_takes_no_place():
+    config = options(coordinator="a:1", num_processes=2, process_id=0)
+    with pytest.raises(ConfigError, match="coordinator, num_processes, process_id: only `jaxserve"):
+        build_app(EngineConfig(), config)
+    build_app(EngineConfig(), options(coordinator="a:1", num_processes=1))
+
+
+def test_an_engine_of_its_own_refuses_to_be_one_of_several_processes(monkeypatch, tmp_path):
+    monkeypatch.setattr(startup.jax, "process_count", lambda: 2)
+    config = EngineConfig(model=str(write_llama_folder(tmp_path)), compile_cache_dir="")
+    with pytest.raises(ConfigError, match="jax.distributed runs 2 processes here"):
+        startup.start(config, print)

@@ -217,6 +217,18 @@ def test_a_follower_with_another_option_is_refused_and_a_missing_one_is_named(fo
         assert first.process.wait(10) == 0
 
 
+def test_a_signal_while_processes_are_missing_ends_in_order_those_that_came(folder):
+    place = [f"--coordinator=127.0.0.1:{free_port()}", "--num-processes=3", "--mesh=2x4"]
+    with (
+        running(command(folder, *place, "--process-id=0"), env=env(4)) as first,
+        running(command(folder, *place, "--process-id=1"), env=env(4)) as other,
+    ):
+        first.wait_for_line("(process 1 is there)", 60)
+        other.wait_for_line("(process 0 is waiting for process 2 of 3)", 60)
+        first.process.send_signal(signal.SIGTERM)
+        assert [first.process.wait(10), other.process.wait(10)] == [0, 0]
+
+
 def test_a_mesh_that_leaves_a_process_out_ends_all_with_the_reason(folder):
     place = [f"--coordinator=127.0.0.1:{free_port()}", "--num-processes=2", "--mesh=1x4"]
     with (
