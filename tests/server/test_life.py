@@ -1,6 +1,7 @@
 """The application as any ASGI host sees it: its lifespan owns an engine process."""
 
 import asyncio
+import contextlib
 import os
 import signal
 import time
@@ -38,8 +39,9 @@ def children() -> set[int]:
     """Returns the processes that this one has started and that still run."""
     found = set()
     for task in os.listdir("/proc/self/task"):
-        with open(f"/proc/self/task/{task}/children") as lines:
-            found |= {int(pid) for pid in lines.read().split()}
+        with contextlib.suppress(FileNotFoundError):  # the thread has ended since
+            with open(f"/proc/self/task/{task}/children") as lines:
+                found |= {int(pid) for pid in lines.read().split()}
     return found
 
 
