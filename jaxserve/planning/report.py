@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -22,6 +23,12 @@ from jaxserve.planning.plan import (
 )
 from jaxserve.planning.targets import TARGETS
 
+# Else the TPU compiler looks for the machine that it is on, and complains at length of none.
+_COMPILER_ENVIRONMENT = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-8",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+}
 _GIB = 2**30
 _MOST_DEVICES = 16  # that a recommendation looks at
 
@@ -29,6 +36,8 @@ _MOST_DEVICES = 16  # that a recommendation looks at
 def run_plan(config: EngineConfig, options: PlanOptions) -> int:
     """Prints the plan of a model; returns 0 where it fits, else 1."""
     jax.config.update("jax_platforms", "cpu")  # what is planned for may be here and in use
+    for name, value in _COMPILER_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
     with open_checkpoint(
         resolve_config(config.model, revision=config.revision), has_weights=False
     ) as checkpoint:
