@@ -218,7 +218,8 @@ def compile_programs(
     """
 
     def load(bucket: Bucket) -> jax.stages.Compiled | None:
-        return None if store is None else store.load(bucket)
+        compiled = None if store is None else store.load(bucket)
+        return None if compiled is None else accept_packed_arguments(compiled)
 
     def build(bucket: Bucket) -> jax.stages.Compiled:
         compiled = accept_packed_arguments(lower_step(model, spec, state, bucket).compile())

@@ -103,9 +103,9 @@ def compile_case(target: str, case: ProductCase, folder: Path) -> ProductFigures
     import jax
     from jax.sharding import SingleDeviceSharding
 
-    from scripts.compile_targets import topology_of
+    from jaxserve.planning.targets import devices_of
 
-    device = topology_of(target).devices[0]
+    device = devices_of(target)[0]
     try:
         with jax.set_mesh(jax.sharding.Mesh([device], ("tensor",))):
             call, operands = _call_of(case, SingleDeviceSharding(device))

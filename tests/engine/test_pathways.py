@@ -22,7 +22,7 @@ from jaxserve.config import EngineConfig
 from jaxserve.engine import client, core
 
 class Core:
-    def __init__(self, config, report):
+    def __init__(self, config, report, leader):
         print("core", jax.devices()[0].platform)
         raise SystemExit
 
