@@ -1,5 +1,6 @@
 """Clusters without devices: who joins, what is agreed, and what the loss of a process does."""
 
+import contextlib
 import dataclasses
 import json
 import queue
@@ -22,7 +23,7 @@ from jaxserve.server import build_app
 from tests.checkpoints import write_llama_folder
 
 FACTS = {"max_num_seqs": "4", "jax version": "1"}
-WAIT_S = 10
+WAIT_S = 30
 
 
 def place(process_id=0, *, count=2, port=0, **options):
@@ -189,7 +190,8 @@ def test_a_stranger_on_the_port_is_ignored(greeting):
     leader.wait_for_line("waiting")
     with socket.create_connection(("127.0.0.1", port)) as sock:
         sock.sendall(greeting)
-        sock.shutdown(socket.SHUT_WR)
+        with contextlib.suppress(OSError):  # refused already
+            sock.shutdown(socket.SHUT_WR)
     assert Node(place(1, port=port)).joined() is None
     assert leader.joined() is None
     leader.peers.end()
@@ -231,9 +233,9 @@ def test_a_silent_process_is_lost_after_a_while(monkeypatch):
 
 
 def test_processes_that_beat_are_not_lost(monkeypatch):
-    monkeypatch.setattr(link, "LOST_S", 1.5)
+    monkeypatch.setattr(link, "LOST_S", 2.5)
     leader, follower = joined_nodes()
-    time.sleep(3)
+    time.sleep(4)
     assert leader.end.empty() and follower.end.empty()
     leader.peers.end()
 
