@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 import tokenizers
 
 from jaxserve.engine.info import EngineInfo, EngineStats
-from jaxserve.engine.request import FinishReason, Request, TokenLogprobs, Update
+from jaxserve.engine.request import FinishReason, Request, SamplingParams, TokenLogprobs, Update
 from jaxserve.errors import EngineStopped, QueueFull
 from jaxserve.text.tokenizer import BYTE_OF_LETTER, Tokenizer
 
@@ -30,6 +30,7 @@ class EchoEngine:
         vocab_size: int = 256,
         max_model_len: int = 128,
         max_waiting: int = 64,
+        max_logprobs: int = 20,
         dies_at: int | None = None,  # a prompt token that ends the engine when it is generated
         fails_at: int | None = None,  # a prompt token that ends its request alone
     ) -> None:
@@ -37,7 +38,7 @@ class EchoEngine:
             model="echo",
             max_model_len=max_model_len,
             vocab_size=vocab_size,
-            max_logprobs=20,
+            max_logprobs=max_logprobs,
             max_num_seqs=max_waiting,
             max_num_batched_tokens=1024,
             page_size=16,
@@ -155,11 +156,18 @@ class EchoEngine:
         return Update(
             request_id=request.request_id,
             tokens=(token,),
-            logprobs=(self._logprobs(token, params.logprobs or 0),) if has_logprobs else (),
+            logprobs=(self._answer_logprobs(token, params),) if has_logprobs else (),
             prompt_logprobs=prompt_logprobs,
             finish_reason=reason,
             stop_token=stop_token,
         )
+
+    def _answer_logprobs(self, token: int, params: SamplingParams) -> TokenLogprobs:
+        if not params.logprob_token_ids:
+            return self._logprobs(token, params.logprobs or 0)
+        size = self.info.vocab_size
+        listed = ((wanted, -1.0 - (wanted - token) % size) for wanted in params.logprob_token_ids)
+        return TokenLogprobs(token=token, logprob=-1.0, rank=1, top=tuple(listed))
 
     def _logprobs(self, token: int, count: int) -> TokenLogprobs:
         top = tuple(((token + k) % self.info.vocab_size, -1.0 - k) for k in range(count))

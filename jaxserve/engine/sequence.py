@@ -64,6 +64,7 @@ class Sequence:
         params = self.request.params
         return bool(
             params.logit_bias
+            or params.logprob_token_ids
             or params.allowed_token_ids is not None
             or params.bad_word_tokens
             or params.min_tokens > 0

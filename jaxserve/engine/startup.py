@@ -63,7 +63,7 @@ def start(
         model=config.model,
         max_model_len=limits.max_model_len,
         vocab_size=engine.model.config.vocab_size,
-        max_logprobs=config.max_logprobs,
+        max_logprobs=engine.spec.max_logprobs,
         max_num_seqs=limits.num_slots * limits.num_ranks,
         max_num_batched_tokens=limits.max_step_tokens,
         page_size=limits.page_size,

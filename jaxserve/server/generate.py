@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import re
 import secrets
 import time
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from starlette.requests import Request as HttpRequest
 
 from jaxserve.engine.ipc import UpdateStream
-from jaxserve.engine.request import Request
+from jaxserve.engine.request import ALL_LOGPROBS, Request
 from jaxserve.errors import PromptTooLong, RequestError
 from jaxserve.generation import Assembler, Delta, PositionLogprobs, TokenText
 from jaxserve.server.metrics import SampleClock
@@ -24,6 +25,9 @@ from jaxserve.server.protocol.common import (
 )
 from jaxserve.server.state import ServerState
 from jaxserve.text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from jaxserve.server.beams import BeamUpdates
 
 T = TypeVar("T")
 
@@ -55,7 +59,7 @@ class Generation:
     def __init__(
         self,
         state: ServerState,
-        updates: UpdateStream,
+        updates: UpdateStream | BeamUpdates,
         prompts: Sequence[Sequence[Request]],  # each prompt's samples
         *,
         is_echo_only: bool = False,  # the client asked for no token; the engine makes one
@@ -183,6 +187,19 @@ def arrival(http: HttpRequest, body: GenerationFields, prefix: str) -> tuple[str
     return prefix + secrets.token_hex(16), now_s
 
 
+def priority_of(http: HttpRequest, body: GenerationFields) -> int:
+    """Returns the request's priority: the header's goes before the body's."""
+    header = http.headers.get("x-vllm-priority")
+    if header is None:
+        return body.priority or 0
+    if not re.fullmatch(r"[+-]?[0-9]{1,19}", header) or not -(2**63) <= int(header) < 2**63:
+        raise RequestError(
+            f"x-vllm-priority is {header[:40]!r}; it must be an integer of 64 bits",
+            param="x-vllm-priority",
+        )
+    return int(header)
+
+
 def engine_id(reply_id: str) -> str:
     """Returns an id that no other request in flight has, even if clients repeat theirs."""
     return f"{reply_id}-{secrets.token_hex(4)}"
@@ -227,17 +244,23 @@ def finite(logprob: float) -> float:
     return max(logprob, MIN_LOGPROB)
 
 
+def shown(top: Sequence[TokenText], body: GenerationFields, count: int) -> Sequence[TokenText]:
+    """Returns what a reply shows beside the chosen token: those listed by id, or the likeliest."""
+    return top if body.logprob_token_ids or count == ALL_LOGPROBS else top[:count]
+
+
 def prompt_logprobs_body(
     positions: Sequence[PositionLogprobs | None] | None, count: int | None
 ) -> list[dict[int, dict[str, Any]] | None] | None:
     """Returns vLLM's form: for each position {token: {logprob, rank, decoded_token}}."""
     if positions is None or count is None:
         return None
-    return [_position_body(position, count) for position in positions]
+    limit = None if count == ALL_LOGPROBS else count
+    return [_position_body(position, limit) for position in positions]
 
 
 def _position_body(
-    position: PositionLogprobs | None, count: int
+    position: PositionLogprobs | None, count: int | None
 ) -> dict[int, dict[str, Any]] | None:
     if position is None:
         return None
