@@ -174,7 +174,12 @@ class EchoEngine:
         return TokenLogprobs(token=token, logprob=-1.0, rank=1, top=top)
 
 
-def byte_tokenizer(chat_template: str | None = None) -> Tokenizer:
+def byte_tokenizer(
+    chat_template: str | None = None,
+    *,
+    marks: Sequence[str] = (),  # more special tokens
+    add_bos_token: bool | None = None,
+) -> Tokenizer:
     """Returns a tokenizer whose tokens are the bytes, then <bos>, <eos>, <|user|>, <|end|>."""
     alphabet = dict(BYTE_OF_LETTER)
     backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=alphabet, merges=[]))
@@ -182,9 +187,10 @@ def byte_tokenizer(chat_template: str | None = None) -> Tokenizer:
         add_prefix_space=False, use_regex=False
     )
     backend.decoder = tokenizers.decoders.ByteLevel()
-    backend.add_special_tokens(["<bos>", "<eos>", "<|user|>", "<|end|>"])
+    backend.add_special_tokens(["<bos>", "<eos>", "<|user|>", "<|end|>", *marks])
     return Tokenizer(
         backend,
         special_tokens={"bos_token": "<bos>", "eos_token": "<eos>"},
+        add_bos_token=add_bos_token,
         chat_template=chat_template,
     )

@@ -25,7 +25,6 @@ from jaxserve.server.generate import (
     Outcome,
     Sample,
     arrival,
-    check_length,
     collect,
     engine_id,
     finite,
@@ -37,6 +36,7 @@ from jaxserve.server.generate import (
     token_name,
 )
 from jaxserve.server.pacing import kept_alive
+from jaxserve.server.prompts import prompt_reader
 from jaxserve.server.protocol.common import sampling_params
 from jaxserve.server.protocol.completions import (
     Completion,
@@ -45,7 +45,6 @@ from jaxserve.server.protocol.completions import (
     CompletionRequest,
 )
 from jaxserve.server.state import ServerState
-from jaxserve.server.truncation import truncation_for
 from jaxserve.text.tokenizer import Tokenizer
 
 DEFAULT_MAX_TOKENS = 16
@@ -154,21 +153,16 @@ def _build(
 ) -> list[list[Request]]:
     """Returns the samples' requests for each prompt."""
     _, info, text = state.loaded()
-    truncation = truncation_for(body, params.max_tokens, info.max_model_len)
-    has_bos = body.add_special_tokens is not False
+    read = prompt_reader(body, params.max_tokens, text.tokenizer, info)
     requests = []
     for number, prompt in enumerate(prompts):
-        if truncation is not None:
-            prompt = truncation.apply(prompt, text.tokenizer, add_special_tokens=has_bos)
-        elif isinstance(prompt, str):
-            check_length(prompt, text.tokenizer, info.max_model_len, "prompt")
         samples = build_requests(
             f"{request_id}-{number}",
-            prompt,
+            read(prompt),
             params,
             tokenizer=text.tokenizer,
             info=info,
-            add_special_tokens=has_bos,
+            add_special_tokens=body.add_special_tokens is not False,
             priority=priority,
             cache_salt=body.cache_salt or "",
             arrival_s=arrival_s,

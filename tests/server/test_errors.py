@@ -106,6 +106,7 @@ def refused(response: httpx2.Response, status: int) -> dict:
         ({"prompt": ["a"] * 9, "n": 128}, "n"),
         ({"prompt": "a", "request_id": "a b"}, "request_id"),
         ({"prompt": "a", "suffix": "end"}, "suffix"),
+        ({"prompt": "a", "suffix": "end", "echo": True}, "suffix"),
         ({"prompt": "a", "use_beam_search": True, "stream": True}, "stream"),
         ({"prompt": "a", "use_beam_search": True, "top_k": 5}, "top_k"),
         ({"prompt": "a", "use_beam_search": True, "temperature": 0.5}, "temperature"),

@@ -1,11 +1,13 @@
 """Request fields beyond OpenAI's: each test fails when its field is ignored."""
 
+import dataclasses
 import json
 
 import httpx2
 import pytest
 
 from jaxserve.config import ServerConfig
+from tests.fakes import byte_tokenizer
 from tests.server.serving import EchoServer
 
 HI = [{"role": "user", "content": "hi"}]  # renders as u:hi;a:
@@ -169,11 +171,32 @@ def test_no_stop_string_ends_the_text_before_min_tokens(http):
     assert complete(http, min_tokens=6, **body)["choices"][0]["text"] == "hellohe"
 
 
-def test_special_tokens_are_framed_and_shown_as_asked(http):
-    # The byte tokenizer's <eos> is token 257; the echo's vocabulary would end before it.
-    body = {"prompt": "é", "max_tokens": 2, "return_token_ids": True}
-    reply = complete(http, add_special_tokens=False, **body)["choices"][0]
-    assert reply["prompt_token_ids"] == [*"é".encode()]
+def test_special_tokens_are_framed_as_asked(server, http):
+    with_bos = dataclasses.replace(server.state.text, tokenizer=byte_tokenizer(add_bos_token=True))
+    with EchoServer(vocab_size=260) as other, httpx2.Client(base_url=other.url) as http:
+        other.state.text = with_bos
+        for add, expected in ((None, [256, 97]), (True, [256, 97]), (False, [97])):
+            body = {"prompt": "a", "max_tokens": 1, "return_token_ids": True}
+            reply = complete(http, add_special_tokens=add, **body)
+            assert reply["choices"][0]["prompt_token_ids"] == expected
+        body = {"prompt": [97, 257], "max_tokens": 2}
+        assert complete(http, **body)["choices"][0]["text"] == "a"
+        reply = complete(http, skip_special_tokens=False, **body)
+        assert reply["choices"][0]["text"] == "a<eos>"
+
+
+def test_a_suffix_makes_a_prompt_to_fill_in(server):
+    marks = ["<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"]
+    with EchoServer(vocab_size=263) as other, httpx2.Client(base_url=other.url) as http:
+        other.state.text = dataclasses.replace(
+            server.state.text, tokenizer=byte_tokenizer(marks=marks)
+        )
+        body = {"prompt": ["a", "b"], "suffix": "z", "max_tokens": 1, "return_token_ids": True}
+        choices = complete(http, **body)["choices"]
+        assert [choice["prompt_token_ids"] for choice in choices] == [
+            [260, 97, 261, 122, 262],
+            [260, 98, 261, 122, 262],
+        ]
 
 
 def test_a_requests_template_renders_it(http):
