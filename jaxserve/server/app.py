@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
@@ -10,6 +12,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Lifespan, Receive, Scope, Send
 
+from jaxserve.config import ServerConfig
 from jaxserve.errors import (
     AuthenticationError,
     JaxserveError,
@@ -19,13 +22,24 @@ from jaxserve.errors import (
     QueueFull,
     RequestError,
 )
-from jaxserve.server import auth, chat, completions, health, limits, models
+from jaxserve.server import (
+    auth,
+    chat,
+    chat_batch,
+    completions,
+    health,
+    invocations,
+    limits,
+    models,
+    openapi,
+    tokenization,
+)
 from jaxserve.server.events import JSON, error_body
 from jaxserve.server.state import ServerState
 
 RETRY_AFTER_S = 1
 # These answer in every phase: while loading, draining, and after the engine has died.
-ALWAYS_SERVED = auth.OPEN_PATHS | {"/metrics", "/version"}
+ALWAYS_SERVED = auth.OPEN_PATHS | {"/metrics", "/version", "/load", "/docs", "/openapi.json"}
 
 
 def http_app(state: ServerState, lifespan: Lifespan[Starlette] | None = None) -> Starlette:
@@ -34,13 +48,19 @@ def http_app(state: ServerState, lifespan: Lifespan[Starlette] | None = None) ->
         routes=[
             Route("/v1/completions", completions.create_completion, methods=["POST"]),
             Route("/v1/chat/completions", chat.create_chat_completion, methods=["POST"]),
+            Route("/v1/chat/completions/batch", chat_batch.create_chat_batch, methods=["POST"]),
+            Route("/invocations", invocations.invoke, methods=["POST"]),
+            Route("/tokenize", tokenization.tokenize, methods=["POST"]),
+            Route("/detokenize", tokenization.detokenize, methods=["POST"]),
             Route("/v1/models", models.list_models, methods=["GET"]),
             Route("/v1/models/{model:path}", models.get_model, methods=["GET"]),
             Route("/health", health.health, methods=["GET"]),
             Route("/ready", health.ready, methods=["GET"]),
             Route("/ping", health.health, methods=["GET", "POST"]),
             Route("/version", health.version, methods=["GET"]),
+            Route("/load", health.load, methods=["GET"]),
             Route("/metrics", health.get_metrics, methods=["GET"]),
+            *_optional_routes(state.config),
         ],
         middleware=[Middleware(Door, state=state)],
         exception_handlers={
@@ -54,6 +74,14 @@ def http_app(state: ServerState, lifespan: Lifespan[Starlette] | None = None) ->
     app.router.redirect_slashes = False
     app.state.server = state
     return app
+
+
+def _optional_routes(config: ServerConfig) -> Iterator[Route]:
+    if config.enable_tokenizer_info_endpoint:
+        yield Route("/tokenizer_info", tokenization.tokenizer_info, methods=["GET"])
+    if not config.disable_docs:
+        yield Route("/openapi.json", openapi.document, methods=["GET"])
+        yield Route("/docs", openapi.page, methods=["GET"])
 
 
 class Door:

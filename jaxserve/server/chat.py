@@ -56,18 +56,18 @@ _decoder = msgspec.json.Decoder(ChatRequest)
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Reply:
+class Reply:
     """What every part of one reply needs."""
 
     id: str
     created: int
     model: str
     role: str
-    echoed: str  # goes before each answer
-    prompt_text: str | None  # where the client asked for it
     body: ChatRequest
     generation: Generation
     stream_interval: int  # of streams whose request names none
+    echoed: str = ""  # goes before each answer
+    prompt_text: str | None = None  # where the client asked for it
 
 
 async def create_chat_completion(http: HttpRequest) -> Response:
@@ -78,10 +78,10 @@ async def create_chat_completion(http: HttpRequest) -> Response:
     model = state.model_name_for(body.model)
     body.check()
     messages = body.conversation()
-    params = _params(body, state)
+    params = params_of(body, state)
     prompt_text, requests = await off_loop(
         partial(
-            _build,
+            build,
             body,
             messages,
             params,
@@ -92,9 +92,8 @@ async def create_chat_completion(http: HttpRequest) -> Response:
         ),
         sum(_num_chars(message) for message in messages),
     )
-    is_new_message = body.add_generation_prompt is not False
-    role = state.config.response_role if is_new_message else messages[-1]["role"]
-    reply = _Reply(
+    role = role_of(body, state)
+    reply = Reply(
         id=reply_id,
         created=int(time.time()),
         model=model,
@@ -116,10 +115,11 @@ async def create_chat_completion(http: HttpRequest) -> Response:
             reply.generation.updates,
         )
     outcomes = await while_connected(http.receive, collect(reply.generation))
-    return JSON(_completion(reply, outcomes))
+    return JSON(completion(reply, outcomes))
 
 
-def _params(body: ChatRequest, state: ServerState) -> SamplingParams:
+def params_of(body: ChatRequest, state: ServerState) -> SamplingParams:
+    """Returns the sampling parameters, over the model's defaults. Raises `RequestError`."""
     _, _, text = state.loaded()
     given: dict[str, Any] = {"max_tokens": text.defaults.get("max_tokens")}
     names = {"logprobs": "top_logprobs"}
@@ -134,7 +134,7 @@ def _params(body: ChatRequest, state: ServerState) -> SamplingParams:
         return sampling_params(body, text.defaults, prompt_logprobs=body.prompt_logprobs, **given)
 
 
-def _build(
+def build(
     body: ChatRequest,
     messages: Sequence[dict[str, Any]],
     params: SamplingParams,
@@ -178,6 +178,13 @@ def _build(
         )
 
 
+def role_of(body: ChatRequest, state: ServerState) -> str:
+    """Returns the role of the answer: the last message's if that is continued."""
+    if body.add_generation_prompt is not False:
+        return state.config.response_role
+    return str(body.messages[-1].get("role"))
+
+
 def _last_text(message: dict[str, Any], role: str) -> str:
     """Returns the text of the last message, if it is by the one who answers."""
     if message.get("role") != role:
@@ -196,7 +203,8 @@ def _num_chars(message: dict[str, Any]) -> int:
     return sum(len(str(part.get("text"))) for part in parts if isinstance(part, dict))
 
 
-def _completion(reply: _Reply, outcomes: Sequence[Outcome]) -> ChatCompletion:
+def completion(reply: Reply, outcomes: Sequence[Outcome]) -> ChatCompletion:
+    """Returns the body of a reply that does not stream."""
     body, first = reply.body, outcomes[0]
     return ChatCompletion(
         id=reply.id,
@@ -220,7 +228,7 @@ def _completion(reply: _Reply, outcomes: Sequence[Outcome]) -> ChatCompletion:
     )
 
 
-def _logprobs(reply: _Reply, positions: Sequence[PositionLogprobs]) -> ChatLogprobs | None:
+def _logprobs(reply: Reply, positions: Sequence[PositionLogprobs]) -> ChatLogprobs | None:
     body = reply.body
     if not body.logprobs:
         return None
@@ -247,7 +255,7 @@ def _top_logprob(entry: TokenText, as_ids: bool) -> TopLogprob:
     )
 
 
-def _chunk_writer(reply: _Reply) -> ChunkWriter:
+def _chunk_writer(reply: Reply) -> ChunkWriter:
     return ChunkWriter(
         reply.generation,
         reply.body.stream_options,
@@ -261,7 +269,7 @@ def _chunk_writer(reply: _Reply) -> ChunkWriter:
     )
 
 
-def _writer(reply: _Reply, chunks: ChunkWriter) -> Callable[[Sample, Delta], bytes]:
+def _writer(reply: Reply, chunks: ChunkWriter) -> Callable[[Sample, Delta], bytes]:
     """Returns what writes a delta's events: the role's goes first, an empty one is left out."""
     body = reply.body
     role = {"delta": {"role": reply.role, "content": ""}, "logprobs": None, "finish_reason": None}

@@ -1,4 +1,4 @@
-"""Probes and facts: /health, /ready, /ping, /version, /metrics."""
+"""Probes and facts: /health, /ready, /ping, /version, /load, /metrics."""
 
 from __future__ import annotations
 
@@ -34,6 +34,12 @@ async def ready(http: HttpRequest) -> Response:
 async def version(http: HttpRequest) -> Response:
     """Returns the package's version."""
     return JSON({"version": __version__})
+
+
+async def load(http: HttpRequest) -> Response:
+    """Returns how many requests are being served, this one left out."""
+    state: ServerState = http.app.state.server
+    return JSON({"server_load": state.num_running - 1})
 
 
 async def get_metrics(http: HttpRequest) -> Response:

@@ -21,7 +21,7 @@ from jaxserve.text.template_environment import RENDER_ERRORS, template_environme
 
 MAX_TEMPLATE_CHARS = 65536
 MAX_TEXT_BYTES = 2**24
-CPU_S = 2  # of the process, its start included
+CPU_S = 1  # of the process, its start included
 WALL_S = 10.0
 MEMORY_BYTES = 2**29
 

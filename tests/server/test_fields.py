@@ -26,7 +26,7 @@ def server():
 
 @pytest.fixture(scope="module")
 def http(server):
-    with httpx2.Client(base_url=server.url) as client:
+    with httpx2.Client(base_url=server.url, timeout=30) as client:
         yield client
 
 
