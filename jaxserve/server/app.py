@@ -35,6 +35,7 @@ from jaxserve.server import (
     tokenization,
 )
 from jaxserve.server.events import JSON, error_body
+from jaxserve.server.request_log import log_request, open_record, recording_send
 from jaxserve.server.state import ServerState
 
 RETRY_AFTER_S = 1
@@ -97,6 +98,15 @@ class Door:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        config = self._state.config
+        record = open_record(scope)
+        send = recording_send(send, record, config)
+        try:
+            await self._let_in(scope, receive, send)
+        finally:
+            log_request(scope, record, config)
+
+    async def _let_in(self, scope: Scope, receive: Receive, send: Send) -> None:
         config = self._state.config
         try:
             limits.check_headers(scope, config.max_body_bytes)

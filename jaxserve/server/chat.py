@@ -47,6 +47,7 @@ from jaxserve.server.protocol.chat import (
     TopLogprob,
 )
 from jaxserve.server.protocol.common import sampling_params
+from jaxserve.server.request_log import record_of
 from jaxserve.server.state import ServerState
 from jaxserve.server.templates import template_for
 from jaxserve.server.truncation import truncation_for
@@ -108,6 +109,7 @@ async def create_chat_completion(http: HttpRequest) -> Response:
         ),
         stream_interval=state.config.stream_interval,
     )
+    record_of(http.scope).generation = reply.generation
     if body.stream:
         chunks = _chunk_writer(reply)
         return EventStream(

@@ -21,6 +21,7 @@ from jaxserve.server.events import JSON, while_connected
 from jaxserve.server.generate import arrival, collect, engine_id, priority_of, start
 from jaxserve.server.protocol.chat import ChatRequest
 from jaxserve.server.protocol.completions import MAX_PROMPTS
+from jaxserve.server.request_log import record_of
 from jaxserve.server.state import ServerState
 
 # What belongs to one conversation, or to a stream; with the values that ask for nothing.
@@ -77,6 +78,7 @@ async def create_chat_batch(http: HttpRequest) -> Response:
         )
     )
     generation = await start(state, requests)
+    record_of(http.scope).generation = generation
     outcomes = await while_connected(http.receive, collect(generation))
     created = int(time.time())
     replies = [

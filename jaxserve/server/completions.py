@@ -44,6 +44,7 @@ from jaxserve.server.protocol.completions import (
     CompletionLogprobs,
     CompletionRequest,
 )
+from jaxserve.server.request_log import record_of
 from jaxserve.server.state import ServerState
 from jaxserve.text.tokenizer import Tokenizer
 
@@ -106,6 +107,7 @@ async def create_completion(http: HttpRequest) -> Response:
         ),
         stream_interval=state.config.stream_interval,
     )
+    record_of(http.scope).generation = reply.generation
     if body.stream:
         chunks = _chunk_writer(reply)
         return EventStream(

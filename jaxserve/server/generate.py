@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from starlette.requests import Request as HttpRequest
 
 from jaxserve.engine.ipc import UpdateStream
-from jaxserve.engine.request import ALL_LOGPROBS, Request
+from jaxserve.engine.request import ALL_LOGPROBS, FinishReason, Request
 from jaxserve.errors import PromptTooLong, RequestError
 from jaxserve.generation import Assembler, Delta, PositionLogprobs, TokenText
 from jaxserve.server.metrics import SampleClock
@@ -23,6 +23,7 @@ from jaxserve.server.protocol.common import (
     Usage,
     check_request_id,
 )
+from jaxserve.server.request_log import record_of
 from jaxserve.server.state import ServerState
 from jaxserve.text.tokenizer import Tokenizer
 
@@ -71,6 +72,7 @@ class Generation:
         self._num_cached = [0] * len(prompts)
         self._num_prompt_tokens = 0
         self._num_tokens = 0
+        self.finish_reasons: set[FinishReason] = set()
         self._has_details = state.config.enable_prompt_tokens_details
         for number, requests in enumerate(prompts):
             self._num_prompt_tokens += len(requests[0].prompt_tokens)
@@ -105,6 +107,7 @@ class Generation:
                     delta = _without_answer(delta)
                 if delta.finish_reason is not None:
                     self._metrics.num_finished[delta.finish_reason] += 1
+                    self.finish_reasons.add(delta.finish_reason)
                 self._num_tokens += len(delta.tokens)
                 cached = self._num_cached
                 cached[sample.prompt] = max(cached[sample.prompt], delta.num_cached_tokens)
@@ -180,11 +183,12 @@ def _share_prompt_logprobs(outcomes: list[Outcome]) -> list[Outcome]:
 def arrival(http: HttpRequest, body: GenerationFields, prefix: str) -> tuple[str, float]:
     """Returns the reply's id and the time. The header's id goes before the body's, then chance."""
     now_s = time.monotonic()
+    record = record_of(http.scope)
     if header := http.headers.get("x-request-id"):
-        return prefix + check_request_id(header, "x-request-id"), now_s
-    if body.request_id:
-        return prefix + check_request_id(body.request_id, "request_id"), now_s
-    return prefix + secrets.token_hex(16), now_s
+        record.request_id = check_request_id(header, "x-request-id")
+    elif body.request_id:
+        record.request_id = check_request_id(body.request_id, "request_id")
+    return prefix + record.request_id, now_s
 
 
 def priority_of(http: HttpRequest, body: GenerationFields) -> int:
