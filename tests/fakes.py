@@ -9,8 +9,15 @@ from collections.abc import Callable, Sequence
 
 import tokenizers
 
-from jaxserve.engine.info import EngineInfo, EngineStats
-from jaxserve.engine.request import FinishReason, Request, SamplingParams, TokenLogprobs, Update
+from jaxserve.engine.info import STEP_TOKEN_BOUNDS, EngineInfo, EngineStats
+from jaxserve.engine.request import (
+    FinishReason,
+    Request,
+    SamplingParams,
+    Timeline,
+    TokenLogprobs,
+    Update,
+)
 from jaxserve.errors import EngineStopped, QueueFull
 from jaxserve.text.tokenizer import BYTE_OF_LETTER, Tokenizer
 
@@ -63,6 +70,7 @@ class EchoEngine:
         self._num_generated = 0
         self._num_prompt_tokens = 0
         self._finished: dict[str, int] = {}
+        self._started: dict[str, float] = {}
         self._is_dead = False
         self._wake = threading.Condition()
         self._thread = threading.Thread(target=self._run, daemon=True)
@@ -106,7 +114,8 @@ class EchoEngine:
                 num_compiles_since_ready=0,
                 host_gap_s=0.0,
                 step_s=0.0,
-                queue_s=0.0,
+                step_tokens=(self._num_steps, *(0,) * len(STEP_TOKEN_BOUNDS)),
+                step_tokens_sum=self._num_steps,
             )
 
     def close(self) -> None:
@@ -160,6 +169,7 @@ class EchoEngine:
             prompt_logprobs=prompt_logprobs,
             finish_reason=reason,
             stop_token=stop_token,
+            timeline=Timeline(self._started.setdefault(request.request_id, time.monotonic()), 0),
         )
 
     def _answer_logprobs(self, token: int, params: SamplingParams) -> TokenLogprobs:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from jaxserve.engine.repetition import RepetitionDetection
 from jaxserve.errors import RequestError
@@ -240,6 +240,13 @@ class TokenLogprobs:
     top: tuple[tuple[int, float], ...]  # (token, logprob): likeliest first, or as asked for by id
 
 
+class Timeline(NamedTuple):
+    """How the engine has dealt with a request so far, for metrics."""
+
+    started_s: float  # time.monotonic() of the machine, when its first step was dispatched
+    num_preemptions: int
+
+
 @dataclass(frozen=True, kw_only=True)
 class Update:
     """What one step brought for one request. The last one has a `finish_reason` or an `error`."""
@@ -251,4 +258,5 @@ class Update:
     finish_reason: FinishReason | None = None
     stop_token: int | None = None  # the stop_token_ids entry that ended it; None for EOS
     num_cached_tokens: int = 0  # prompt tokens whose pages were reused
+    timeline: Timeline | None = None  # with the first token, the last, and after a preemption
     error: str | None = None  # the engine cannot finish it; the text says why

@@ -71,6 +71,7 @@ def start(
         num_slots=limits.num_slots * limits.num_ranks,
         eos_tokens=loaded.eos_tokens,
         scheduling_policy=config.scheduling_policy,
+        enable_prefix_caching=config.enable_prefix_caching,
         quantization=engine.model.quantization,
         kv_cache_dtype=engine.dtypes.kv_cache.name,
         mesh=str(engine.shape),

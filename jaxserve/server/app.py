@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 
 from starlette.applications import Starlette
@@ -35,10 +36,13 @@ from jaxserve.server import (
     tokenization,
 )
 from jaxserve.server.events import JSON, error_body
-from jaxserve.server.request_log import log_request, open_record, recording_send
+from jaxserve.server.request_log import RequestRecord, log_request, open_record, recording_send
 from jaxserve.server.state import ServerState
 
 RETRY_AFTER_S = 1
+# As FastAPI's exporter does: what probes and scrapers ask all the time tells nothing.
+UNCOUNTED = frozenset({"/metrics", "/health", "/ready", "/load", "/ping", "/version"})
+COUNTED_METHODS = frozenset({"GET", "POST", "PUT", "PATCH", "DELETE", "HEAD", "OPTIONS"})
 # These answer in every phase: while loading, draining, and after the engine has died.
 ALWAYS_SERVED = auth.OPEN_PATHS | {"/metrics", "/version", "/load", "/docs", "/openapi.json"}
 
@@ -105,6 +109,17 @@ class Door:
             await self._let_in(scope, receive, send)
         finally:
             log_request(scope, record, config)
+            self._count(scope, record)
+
+    def _count(self, scope: Scope, record: RequestRecord) -> None:
+        if scope["path"] in UNCOUNTED or record.status is None:
+            return
+        # One series for whatever paths and methods clients make up.
+        endpoint = scope.get("endpoint")
+        path = next((r.path for r in scope["app"].routes if r.endpoint is endpoint), "none")
+        method = scope["method"] if scope["method"] in COUNTED_METHODS else "other"
+        seconds = time.monotonic() - record.start_s
+        self._state.metrics.observe_http(path, method, record.status, seconds)
 
     async def _let_in(self, scope: Scope, receive: Receive, send: Send) -> None:
         config = self._state.config
@@ -135,6 +150,8 @@ def render_error(error: Exception) -> Response:
 
 
 async def _on_error(http: HttpRequest, error: Exception) -> Response:
+    if isinstance(error, QueueFull):
+        http.app.state.server.metrics.num_rejected["max_num_queued_reqs"] += 1
     if not isinstance(error, HTTPException):
         return render_error(error)
     response = render_error(_http_error(http, error))

@@ -14,7 +14,7 @@ from starlette.requests import Request as HttpRequest
 
 from jaxserve.engine.ipc import UpdateStream
 from jaxserve.engine.request import ALL_LOGPROBS, FinishReason, Request
-from jaxserve.errors import PromptTooLong, RequestError
+from jaxserve.errors import EngineStopped, PromptTooLong, RequestError
 from jaxserve.generation import Assembler, Delta, PositionLogprobs, TokenText
 from jaxserve.server.metrics import SampleClock
 from jaxserve.server.protocol.common import (
@@ -70,14 +70,15 @@ class Generation:
         self._metrics = state.metrics
         self.samples: dict[str, Sample] = {}
         self._num_cached = [0] * len(prompts)
+        self._num_open = [len(requests) for requests in prompts]  # samples not yet finished
+        self._longest = [0] * len(prompts)
         self._num_prompt_tokens = 0
         self._num_tokens = 0
         self.finish_reasons: set[FinishReason] = set()
         self._has_details = state.config.enable_prompt_tokens_details
         for number, requests in enumerate(prompts):
             self._num_prompt_tokens += len(requests[0].prompt_tokens)
-            state.metrics.prompt_tokens.observe(len(requests[0].prompt_tokens))
-            state.metrics.params_n.observe(len(requests))
+            state.metrics.observe_samples(requests)
             for request in requests:
                 sample = Sample(len(self.samples), request, number, state)
                 self.samples[request.request_id] = sample
@@ -93,6 +94,12 @@ class Generation:
             prompt_tokens_details=cached if self._has_details else None,
         )
 
+    def _note_end(self, sample: Sample) -> None:
+        self._num_open[sample.prompt] -= 1
+        self._longest[sample.prompt] = max(self._longest[sample.prompt], sample.clock.num_tokens)
+        if not self._num_open[sample.prompt]:
+            self._metrics.max_generation_tokens.observe(self._longest[sample.prompt])
+
     async def deltas(self) -> AsyncGenerator[list[tuple[Sample, Delta]]]:
         """Yields what has come since the last time. Raises `EngineStopped` if the engine dies."""
         updates = self.updates
@@ -100,7 +107,11 @@ class Generation:
             news = []
             for update in await updates.take():
                 sample = self.samples[update.request_id]
-                delta = sample.assembler.push(update)
+                try:
+                    delta = sample.assembler.push(update)
+                except EngineStopped:
+                    self._metrics.num_failed += 1
+                    raise
                 if delta.must_abort:
                     updates.drop(update.request_id)
                 if self._is_echo_only:
@@ -111,7 +122,10 @@ class Generation:
                 self._num_tokens += len(delta.tokens)
                 cached = self._num_cached
                 cached[sample.prompt] = max(cached[sample.prompt], delta.num_cached_tokens)
-                sample.clock.tick(len(delta.tokens), is_last=delta.finish_reason is not None)
+                is_last = delta.finish_reason is not None
+                sample.clock.tick(len(delta.tokens), update.timeline, is_last=is_last)
+                if is_last:
+                    self._note_end(sample)
                 news.append((sample, delta))
             yield news
 

@@ -10,7 +10,7 @@ from starlette.responses import Response
 
 from jaxserve import __version__
 from jaxserve.errors import EngineStopped
-from jaxserve.server import metrics
+from jaxserve.server import exposition
 from jaxserve.server.events import JSON
 from jaxserve.server.state import ServerState
 
@@ -51,5 +51,5 @@ async def get_metrics(http: HttpRequest) -> Response:
             stats = await asyncio.wait_for(state.engine.stats(), STATS_TIMEOUT_S)
             info = state.engine.info
     num_abandoned = 0 if state.engine is None else state.engine.num_abandoned
-    snapshot = metrics.Snapshot(state.model_names[0], state.metrics, info, stats, num_abandoned)
-    return Response(metrics.render(snapshot), media_type=metrics.CONTENT_TYPE)
+    snapshot = exposition.Snapshot(state.model_names[0], state.metrics, info, stats, num_abandoned)
+    return Response(exposition.render(snapshot), media_type=exposition.CONTENT_TYPE)

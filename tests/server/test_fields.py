@@ -126,7 +126,10 @@ def test_repetition_ends_the_answer(http):
     (choice,) = reply["choices"]
     assert (choice["text"], choice["finish_reason"]) == ("abcabcabc", "repetition")
     assert len(choice["logprobs"]["tokens"]) == reply["usage"]["completion_tokens"] == 9
-    assert 'finished_reason="repetition",model_name="echo"} 1.0' in http.get("/metrics").text
+    assert (
+        'engine="0",finished_reason="repetition",model_name="echo"} 1.0'
+        in http.get("/metrics").text
+    )
     watch["max_pattern_size"] = 2
     assert complete(http, **body)["choices"][0]["finish_reason"] == "length"
 
