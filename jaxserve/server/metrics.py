@@ -10,7 +10,7 @@ from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
-from jaxserve.engine.request import FinishReason, Request, Timeline
+from jaxserve.engine.request import Request, Timeline
 
 TTFT_BUCKETS_S = (
     0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0,
@@ -97,7 +97,7 @@ class ServerMetrics:
             "request_num_preemptions", "How often a sample was set back", PREEMPTION_BUCKETS
         )
         # As clients see it: to the engine, a stop string's end is an abort.
-        self.num_finished: Counter[FinishReason] = Counter()
+        self.num_finished: Counter[str] = Counter()
         self.num_failed = 0  # samples that the engine could not finish
         self.num_rejected: Counter[str] = Counter()  # by the option whose limit was reached
         self.num_http: Counter[tuple[str, str, str]] = Counter()  # by path, method, status class
