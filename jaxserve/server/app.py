@@ -40,8 +40,8 @@ from jaxserve.server.request_log import RequestRecord, log_request, open_record,
 from jaxserve.server.state import ServerState
 
 RETRY_AFTER_S = 1
-# As FastAPI's exporter does: what probes and scrapers ask all the time tells nothing.
-UNCOUNTED = frozenset({"/metrics", "/health", "/ready", "/load", "/ping", "/version"})
+# Neither counted nor logged: probes and scrapers ask all the time.
+QUIET_PATHS = frozenset({"/metrics", "/health", "/ready", "/load", "/ping", "/version"})
 COUNTED_METHODS = frozenset({"GET", "POST", "PUT", "PATCH", "DELETE", "HEAD", "OPTIONS"})
 # These answer in every phase: while loading, draining, and after the engine has died.
 ALWAYS_SERVED = auth.OPEN_PATHS | {"/metrics", "/version", "/load", "/docs", "/openapi.json"}
@@ -108,11 +108,12 @@ class Door:
         try:
             await self._let_in(scope, receive, send)
         finally:
-            log_request(scope, record, config)
-            self._count(scope, record)
+            if scope["path"] not in QUIET_PATHS:
+                self._count(scope, record)
+                log_request(scope, record, config)
 
     def _count(self, scope: Scope, record: RequestRecord) -> None:
-        if scope["path"] in UNCOUNTED or record.status is None:
+        if record.status is None:
             return
         # One series for whatever paths and methods clients make up.
         endpoint = scope.get("endpoint")

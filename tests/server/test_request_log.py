@@ -49,6 +49,13 @@ def test_streams_and_refusals_leave_a_line_too(http, caplog):
     assert (refused["status"], "prompt_tokens" in refused) == (400, False)
 
 
+def test_probes_leave_no_line(http, caplog):
+    caplog.set_level(logging.INFO)
+    for path in ("/health", "/metrics", "/load"):
+        assert http.get(path).status_code == 200
+    fields_of(caplog, 0)
+
+
 def test_the_header_names_the_request(http):
     body = {"prompt": "a", "max_tokens": 1}
     for given, named in (({"X-Request-Id": "mine"}, "mine"), ({}, None)):
