@@ -160,10 +160,11 @@ class SampleClock:
         metrics = self._metrics
         metrics.e2e.observe(now_s - self._arrival_s)
         metrics.generation_tokens.observe(self.num_tokens)
-        if self._first_s is not None:
-            metrics.decode.observe(self._last_s - self._first_s)
-            if self.num_tokens > 1:
-                metrics.tpot.observe((self._last_s - self._first_s) / (self.num_tokens - 1))
-        if self._timeline is not None:
-            metrics.inference.observe(max(0.0, now_s - self._timeline.started_s))
-            metrics.preemptions.observe(self._timeline.num_preemptions)
+        # A beam has no timeline: it comes whole, out of many requests to the engine.
+        if self._timeline is None or self._first_s is None:
+            return
+        metrics.decode.observe(self._last_s - self._first_s)
+        if self.num_tokens > 1:
+            metrics.tpot.observe((self._last_s - self._first_s) / (self.num_tokens - 1))
+        metrics.inference.observe(max(0.0, now_s - self._timeline.started_s))
+        metrics.preemptions.observe(self._timeline.num_preemptions)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import logging
 
 import httpx2
 import pytest
@@ -229,6 +230,18 @@ def test_a_requests_template_is_held_to_limits(http, template, param, message):
     error = response.json()["error"]
     assert (response.status_code, error["param"]) == (400, param)
     assert message in error["message"]
+
+
+def test_developer_is_system_where_the_template_does_not_know_it(http):
+    messages = [{"role": "developer", "content": "x"}, *HI]
+    reply = chat(http, messages=messages, max_tokens=1, return_prompt_text=True)
+    assert reply["prompt_text"] == "s:x;u:hi;a:"
+
+
+def test_unknown_fields_are_listed_in_the_debug_log(http, caplog):
+    caplog.set_level(logging.DEBUG, "jaxserve.server.body")
+    complete(http, prompt="a", max_tokens=1, zeta=1, store=False, user="me")
+    assert "store, user, zeta" in caplog.text
 
 
 def test_a_silent_stream_says_that_it_lives():

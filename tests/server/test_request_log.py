@@ -7,7 +7,7 @@ import httpx2
 import pytest
 
 from jaxserve.config import ServerConfig
-from jaxserve.server.log import JsonFormatter, TextFormatter
+from jaxserve.server.log import JsonFormatter, TextFormatter, configure_log
 from tests.server.serving import EchoServer
 
 
@@ -80,6 +80,16 @@ def line(formatter: logging.Formatter, **fields) -> str:
     record = logging.LogRecord("jaxserve", logging.INFO, "f", 1, "%s", ("done",), None)
     record.fields = fields
     return formatter.format(record)
+
+
+@pytest.mark.parametrize(("form", "is_json"), [("json", True), ("text", False)])
+def test_the_log_takes_the_form_that_was_asked_for(monkeypatch, form, is_json):
+    root = logging.RootLogger(logging.WARNING)
+    monkeypatch.setattr(logging, "root", root)
+    configure_log(ServerConfig(log_format=form, log_level="error"))
+    (handler,) = root.handlers
+    assert isinstance(handler.formatter, JsonFormatter) == is_json
+    assert root.level == logging.ERROR
 
 
 def test_a_text_line_has_its_fields_behind_the_message():
