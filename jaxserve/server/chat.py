@@ -92,6 +92,7 @@ async def create_chat_completion(http: HttpRequest) -> Response:
             arrival_s=arrival_s,
         ),
         sum(_num_chars(message) for message in messages),
+        is_slow=body.chat_template is not None,  # waits for a process
     )
     role = role_of(body, state)
     reply = Reply(

@@ -223,9 +223,10 @@ def engine_id(reply_id: str) -> str:
     return f"{reply_id}-{secrets.token_hex(4)}"
 
 
-async def off_loop(work: Callable[[], T], num_chars: int) -> T:
+async def off_loop(work: Callable[[], T], num_chars: int, *, is_slow: bool = False) -> T:
     """Returns the result of encoding `num_chars` characters, on a thread if they are many."""
-    return await asyncio.to_thread(work) if num_chars > MAX_INLINE_CHARS else work()
+    is_slow = is_slow or num_chars > MAX_INLINE_CHARS
+    return await asyncio.to_thread(work) if is_slow else work()
 
 
 def check_length(text: str, tokenizer: Tokenizer, limit: int, param: str) -> None:

@@ -22,6 +22,7 @@ from jaxserve.server.protocol.tokenization import (
 from jaxserve.server.state import ServerState
 from jaxserve.server.templates import template_for
 from jaxserve.text.chat_template import encode_chat
+from jaxserve.text.tokenizer import Tokenizer
 
 _tokenize_decoder = msgspec.json.Decoder(TokenizeRequest)
 _detokenize_decoder = msgspec.json.Decoder(DetokenizeRequest)
@@ -33,16 +34,18 @@ async def tokenize(http: HttpRequest) -> Response:
     body = await read_body(http, _tokenize_decoder)
     state.model_name_for(body.model)
     body.check()
-    _, info, text = state.loaded()
-    tokens = await off_loop(partial(_encode, body, state), len(await http.body()))
+    _, info, _ = state.loaded()
+    tokens, texts = await off_loop(
+        partial(_encode, body, state),
+        len(await http.body()),
+        is_slow=body.chat_template is not None,  # waits for a process
+    )
     return JSON(
         Tokenized(
             count=len(tokens),
             max_model_len=info.max_model_len,
             tokens=tokens,
-            token_strs=list(map(text.tokenizer.token_text, tokens))
-            if body.return_token_strs
-            else None,
+            token_strs=texts,
         )
     )
 
@@ -77,14 +80,20 @@ async def tokenizer_info(http: HttpRequest) -> Response:
     )
 
 
-def _encode(body: TokenizeRequest, state: ServerState) -> list[int]:
+def _encode(body: TokenizeRequest, state: ServerState) -> tuple[list[int], list[str] | None]:
+    """Returns the tokens, and each one's text where the client asks for that."""
     _, _, text = state.loaded()
+    tokens = _tokens(body, state, text.tokenizer)
+    return tokens, list(map(text.tokenizer.token_text, tokens)) if body.return_token_strs else None
+
+
+def _tokens(body: TokenizeRequest, state: ServerState, tokenizer: Tokenizer) -> list[int]:
     if body.prompt is not None:
         has_bos = body.add_special_tokens is not False
-        return text.tokenizer.encode(body.prompt, add_special_tokens=has_bos)
+        return tokenizer.encode(body.prompt, add_special_tokens=has_bos)
     return encode_chat(
         template_for(body.chat_template, state),
-        text.tokenizer,
+        tokenizer,
         body.messages or [],
         tools=body.tools,
         add_generation_prompt=body.add_generation_prompt is not False,

@@ -24,6 +24,7 @@ MAX_TEXT_BYTES = 2**24
 CPU_S = 1  # of the process, its start included
 WALL_S = 10.0
 MEMORY_BYTES = 2**29
+_EXCEEDED = f"it exceeded {CPU_S} s of CPU time, {WALL_S:g} s in all or {MEMORY_BYTES >> 20} MiB"
 
 
 def render_isolated(source: str, values: Mapping[str, Any]) -> str:
@@ -41,9 +42,9 @@ def render_isolated(source: str, values: Mapping[str, Any]) -> str:
             check=False,
         )
     except subprocess.TimeoutExpired:
-        raise TemplateError(f"it took longer than {WALL_S:g} s") from None
+        raise TemplateError(_EXCEEDED) from None
     if done.returncode != 0:
-        raise TemplateError(f"it exceeded {CPU_S} s of CPU time or {MEMORY_BYTES >> 20} MiB")
+        raise TemplateError(_EXCEEDED)
     answer = json.loads(done.stdout)
     if "error" in answer:
         raise TemplateError(answer["error"])
