@@ -19,6 +19,8 @@ LAYERS = 2  # widths decide what a compiler meets
         ("v5p", "llama-3.3-70b", "2x4", "decode", "auto"),
         ("7x", "qwen3-32b", "4x2", "mixed", "auto"),
         ("h100", "llama-3.1-8b", "2x4", "decode", "auto"),
+        ("v6e", "qwen3-30b-a3b", "1x4x2", "decode", "auto"),  # experts
+        ("v5e", "qwen3-30b-a3b", "1x8x1", "decode", "int8"),
     ],
 )
 def test_devices_sum_twice_a_layer_and_exchange_nothing_else(
@@ -36,16 +38,16 @@ def test_devices_sum_twice_a_layer_and_exchange_nothing_else(
     program = compile_case(case, bucket)
     assert program.faults == ()  # the cache is written in place
     assert program.num_state_copies == 0
-    tensor = parse_mesh(mesh).tensor
+    parts = parse_mesh(mesh).rank_devices
     always = [what for what in program.collectives.elements() if what.is_always]
-    # Behind attention and behind the feed-forward, and the embedding: none over data.
+    # Behind attention, behind the feed-forward or experts, and the embedding: none over data.
     sums = [what for what in always if what.kind == "all-reduce"]
     num_bytes = program.bucket[0] * MODELS[model]["hidden_size"] * 2  # bfloat16
     assert len(sums) == 2 * LAYERS + 1
-    assert {(what.num_bytes, what.group_size) for what in sums} == {(num_bytes, tensor)}
+    assert {(what.num_bytes, what.group_size) for what in sums} == {(num_bytes, parts)}
     assert always == sums
     # What sampling exchanges is small: never the logits.
     others = [what for what in program.collectives.elements() if not what.is_always]
     logits_bytes = program.bucket[1] * MODELS[model]["vocab_size"] * 4
-    assert others and all(what.group_size == tensor for what in others)
+    assert others and all(what.group_size == parts for what in others)
     assert all(what.num_bytes <= logits_bytes / 64 for what in others)
