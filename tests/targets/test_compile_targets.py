@@ -62,7 +62,7 @@ def test_what_must_not_be_in_a_step_is_found():
         return state.page_table + 1
 
     compiled = jax.jit(step).lower(state).compile()
-    program = inspect(compiled, state, (8, 8), seconds=0.0)
+    program = inspect(compiled, state, (8, 8), 0.0, is_alone=True)
     assert program.faults == ("it has a call to the host", "0 of 96 state bytes are in place")
 
 
