@@ -1,5 +1,6 @@
 """How an engine's pages are counted, and what it says of what it runs on."""
 
+import dataclasses
 import types
 
 import jax
@@ -10,6 +11,7 @@ from jaxserve.engine import startup
 from jaxserve.engine.abstract import AbstractEngine, abstract_engine
 from jaxserve.models.quantizing import num_bytes
 from scripts.model_shapes import MODELS
+from tests.fakes import EchoEngine
 
 MIB = 2**20
 CONFIG = EngineConfig(
@@ -33,6 +35,13 @@ def test_what_a_program_writes_in_place_takes_no_memory_from_the_pages(monkeypat
     monkeypatch.setattr(AbstractEngine, "lower", lambda self, *sizes: step.lower(state, kept))
     # 12 of the 16 MiB: what is not donated is returned beside it.
     assert startup._num_pages(CONFIG, engine) == 12 * MIB // page_bytes
+
+
+def test_the_ready_line_says_what_attention_and_experts_run_on():
+    info = dataclasses.replace(EchoEngine(lambda updates: None).info, attention="tpu", mesh="1x2x2")
+    assert "attention tpu, mesh 1x2x2, " in startup._ready_line(info)
+    info = dataclasses.replace(info, experts="reference")
+    assert "attention tpu, experts reference, mesh 1x2x2, " in startup._ready_line(info)
 
 
 def test_an_engine_knows_what_its_experts_run_on():
