@@ -115,6 +115,7 @@ def abstract_engine(
         limits=settings.limits,
         max_logprobs=config.max_logprobs,
         attention=settings.attention.backend,
+        experts="reference" if settings.experts is None else settings.experts.backend,
         is_gathered=jax.process_count() > 1,  # devices that are not here count as one process's
     )
     return AbstractEngine(

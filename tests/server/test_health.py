@@ -88,6 +88,8 @@ def test_metrics_count_what_was_served_under_both_names(http):
     assert samples["jaxserve:kv_pages_free", None].value == 100
     assert samples["jaxserve:compiles_since_ready_total", None].value == 0
     assert samples["jaxserve:host_gap_seconds_total", None].value == 0
+    chosen = samples["jaxserve:engine_info", None].labels
+    assert (chosen["attention"], chosen["experts"]) == ("none", "none")
 
 
 def test_the_end_by_a_stop_string_is_counted_as_stop(http):

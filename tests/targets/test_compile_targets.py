@@ -59,8 +59,24 @@ def test_what_must_not_be_in_a_step_is_found():
         return state.page_table + 1
 
     compiled = jax.jit(step).lower(state).compile()
-    program = inspect(compiled, state, (8, 8), seconds=0.0)
+    program = inspect(compiled, state, (8, 8), 0.0, is_alone=True)
     assert program.faults == ("it has a call to the host", "0 of 96 state bytes are in place")
+
+
+def test_an_exchange_is_a_fault_of_a_program_for_one_device():
+    mesh = jax.sharding.Mesh(jax.devices()[:2], ("tensor",))
+    array = jax.ShapeDtypeStruct((8,), jnp.float32)
+    state = DeviceState(cache=(), page_table=array, last_token=array, sampling=())
+    split = jax.sharding.PartitionSpec("tensor")
+    total = jax.shard_map(
+        lambda x: jax.lax.psum(x, "tensor"), mesh=mesh, in_specs=split, out_specs=split
+    )
+    compiled = jax.jit(total).lower(array).compile()
+    alone, many = (
+        inspect(compiled, state, (8, 8), 0.0, is_alone=is_alone).faults
+        for is_alone in (True, False)
+    )
+    assert set(alone) - set(many) == {"one device has all-reduce"}
 
 
 def test_the_compilers_are_silent_where_they_are_not_used():
