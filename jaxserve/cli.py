@@ -1,4 +1,4 @@
-"""The command line: parses argv and the environment, the only module that does, and runs a command.
+"""The command line: parses argv, as no other module does, and runs a command.
 
 Flags are generated from the config dataclasses. Each command imports what it needs when it runs,
 so that `--help` stays quick.
@@ -411,7 +411,10 @@ def _plan(args: argparse.Namespace) -> int:
     options = _options(args, PlanOptions)
     engine_config = _engine_config(args)
     from jaxserve.planning.report import run_plan
+    from jaxserve.planning.targets import COMPILER_ENVIRONMENT
 
+    for name, value in COMPILER_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
     return run_plan(engine_config, options)
 
 

@@ -57,25 +57,33 @@ class EngineConfig:
         "checkpoint's scales, else fp8 takes 1 and int8 measures its own",
     )
     attention_backend: Literal["auto", "reference", "tpu", "gpu"] = option(
-        "auto", "attention kernel; `auto` is the one made for the device, else the reference"
+        "auto",
+        "attention kernel; `auto` is the one made for the device, else the reference; `reference` "
+        "keeps experts off kernels, too",
     )
     max_model_len: int | Auto = option("auto", "context length in tokens", low=1)
-    max_num_seqs: int | Auto = option("auto", "sequences that run at once (slots)", low=1)
+    max_num_seqs: int | Auto = option(
+        "auto", "sequences of each data rank that run at once (slots)", low=1
+    )
     max_num_batched_tokens: int | Auto = option(
-        "auto", "tokens computed in one step at most", low=1
+        "auto", "tokens that each data rank computes in one step at most", low=1
     )
     page_size: int | Auto = option("auto", "token positions in one KV page", "--block-size", low=1)
     num_pages: int | Auto = option(
-        "auto", "KV pages, overriding memory", "--num-gpu-blocks-override", low=1
+        "auto", "KV pages of each data rank, overriding memory", "--num-gpu-blocks-override", low=1
     )
-    kv_cache_memory_bytes: int | Auto = option("auto", "memory for KV pages, e.g. `2GiB`", low=1)
+    kv_cache_memory_bytes: int | Auto = option(
+        "auto", "memory of each device for KV pages, e.g. `2GiB`", low=1
+    )
     gpu_memory_utilization: float = option(
         0.9, "part of device memory to use, where it is known", low=0.01, high=1.0
     )
     enable_prefix_caching: bool = option(True, "reuse pages of equal prompt prefixes")
     scheduling_policy: Literal["fcfs", "priority"] = option("fcfs", "order of waiting requests")
     max_num_queued_reqs: int | Auto = option("auto", "waiting requests before 429", low=1)
-    mesh: str = option("1", "devices as data x tensor, e.g. `2x4`")
+    mesh: str = option(
+        "1", "devices as data x tensor, e.g. `2x4`, or data x expert x tensor, e.g. `1x2x4`"
+    )
     max_logprobs: int = option(
         20, "most logprobs a request may ask for; -1 is the vocabulary", low=-1
     )

@@ -25,12 +25,13 @@ class EngineInfo:
     num_slots: int
     eos_tokens: tuple[int, ...]
     device: str  # each of the mesh
-    mesh: str = "1x1"  # data x tensor
+    mesh: str = "1x1"  # data x tensor, or data x expert x tensor
     num_processes: int = 1  # that hold a part of the mesh
     dtype: str  # of weights that are not quantised
     quantization: str  # types of weights that are, or "none"
     kv_cache_dtype: str
-    attention: str
+    attention: str  # what it runs on
+    experts: str = "none"  # what their products run on; "none" for a model without
     num_programs: int  # compiled step programs
     ready_s: float  # from the start of loading until ready
     scheduling_policy: str = "fcfs"

@@ -214,6 +214,7 @@ def compile_programs(
     spec: StepSpec,
     state: Any,  # DeviceState of ShapeDtypeStructs
     buckets: tuple[Bucket, ...],
+    *,
     store: ExecutableStore | None,
     peers: Peers | None = None,
 ) -> Iterator[tuple[Bucket, jax.stages.Compiled]]:

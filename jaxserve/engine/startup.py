@@ -22,7 +22,12 @@ from jaxserve.engine.info import EngineInfo
 from jaxserve.engine.kv_scales import kv_scales_for, with_scales
 from jaxserve.engine.peers import Peers, difference
 from jaxserve.engine.runner import Publish, Runner, compile_programs
-from jaxserve.engine.settings import device_line, eos_tokens_of, num_pages_for
+from jaxserve.engine.settings import (
+    device_line,
+    eos_tokens_of,
+    num_pages_for,
+    temporary_bytes_of,
+)
 from jaxserve.engine.step import DeviceState, state_specs
 from jaxserve.errors import ConfigError
 from jaxserve.mesh import local_device, num_processes
@@ -58,7 +63,7 @@ def start(
     num_pages = _num_pages(config, engine)
     if peers is not None:
         num_pages = min(peers.exchange(num_pages))
-    runner = _make_runner(loaded, num_pages, cache_dir, report, peers, publish)
+    runner = _make_runner(loaded, num_pages, cache_dir, report=report, peers=peers, publish=publish)
     info = EngineInfo(
         model=config.model,
         max_model_len=limits.max_model_len,
@@ -79,6 +84,7 @@ def start(
         device=device_line(engine.device),
         dtype=engine.dtypes.weights.name,
         attention=engine.settings.attention.backend,
+        experts="none" if engine.settings.experts is None else engine.settings.experts.backend,
         num_programs=runner.num_programs,
         ready_s=time.monotonic() - started_s,
     )
@@ -93,11 +99,12 @@ def start(
 
 
 def _ready_line(info: EngineInfo) -> str:
+    experts = "" if info.experts == "none" else f"experts {info.experts}, "
     where = f", {info.num_processes} processes" if info.num_processes > 1 else ""
     return (
         f"ready in {info.ready_s:.1f} s: {info.device}, {info.dtype} weights "
         f"(quantised: {info.quantization}), {info.kv_cache_dtype} KV, "
-        f"attention {info.attention}, mesh {info.mesh}{where}, "
+        f"attention {info.attention}, {experts}mesh {info.mesh}{where}, "
         f"{info.num_pages} pages of {info.page_size} tokens, {info.num_slots} slots, "
         f"{info.num_programs} programs"
     )
@@ -123,7 +130,7 @@ def _load(config: EngineConfig, report: Report, peers: Peers | None) -> _Loaded:
         _check_processes(engine, peers)
         if peers is not None:
             _agree(peers, engine)
-        if (warning := engine.settings.attention.warning) is not None:
+        for warning in engine.settings.warnings:
             report(f"warning: {warning}")
         report(f"loading {config.model}: {model.num_params / 1e6:.0f}M parameters")
         if is_dummy:
@@ -162,6 +169,7 @@ def _agree(peers: Peers, engine: AbstractEngine) -> None:
         "dtypes": ", ".join(f"{name} {dtype}" for name, dtype in vars(engine.dtypes).items()),
         "limits": repr(engine.settings.limits),
         "attention": repr(engine.settings.attention.layout),
+        "experts": repr(engine.settings.experts),
         "quantization": engine.model.quantization,
         "device": local_device(engine.mesh).device_kind,
     }
@@ -178,9 +186,7 @@ def _num_pages(config: EngineConfig, engine: AbstractEngine) -> int:
     if memory_bytes is not None:
         limits = engine.settings.limits
         lowered = engine.lower(engine.buckets[-1], limits.pages_per_sequence)
-        analysis = lowered.compile().memory_analysis()
-        assert analysis is not None, engine.device
-        temporary_bytes = analysis.temp_size_in_bytes + analysis.output_size_in_bytes
+        temporary_bytes = temporary_bytes_of(lowered.compile())
     return num_pages_for(
         config,
         engine.settings,
@@ -195,6 +201,7 @@ def _make_runner(
     loaded: _Loaded,
     num_pages: int,
     cache_dir: Path | None,
+    *,
     report: Report,
     peers: Peers | None,
     publish: Publish | None,
@@ -220,7 +227,7 @@ def _make_runner(
     )
     advance = progress(report, "compiling")
     programs = compile_programs(
-        engine.model, engine.spec, engine.state(num_pages), buckets, store, peers
+        engine.model, engine.spec, engine.state(num_pages), buckets, store=store, peers=peers
     )
     for bucket, program in programs:
         runner.hold(bucket, program)

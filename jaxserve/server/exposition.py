@@ -168,6 +168,7 @@ class Snapshot(Collector):
             quantization=info.quantization,
             kv_cache_dtype=info.kv_cache_dtype,
             attention=info.attention,
+            experts=info.experts,
             max_model_len=str(info.max_model_len),
             max_num_seqs=str(info.max_num_seqs),
             num_programs=str(info.num_programs),

@@ -89,6 +89,8 @@ def test_metrics_count_what_was_served_under_both_names(http):
     assert samples["jaxserve:kv_pages_free", None].value == 100
     assert samples["jaxserve:compiles_since_ready_total", None].value == 0
     assert samples["jaxserve:host_gap_seconds_total", None].value == 0
+    chosen = samples["jaxserve:engine_info", None].labels
+    assert (chosen["attention"], chosen["experts"]) == ("none", "none")
 
 
 # What vLLM's own test of its /metrics requires.
