@@ -37,7 +37,7 @@ from jaxserve.server.generate import (
 )
 from jaxserve.server.pacing import kept_alive
 from jaxserve.server.prompts import prompt_reader
-from jaxserve.server.protocol.common import sampling_params
+from jaxserve.server.protocol.common import StreamOptions, sampling_params, stream_options
 from jaxserve.server.protocol.completions import (
     Completion,
     CompletionChoice,
@@ -65,7 +65,8 @@ class _Reply:
     prompt_texts: Sequence[str]  # for echo; empty without
     tokenizer: Tokenizer
     generation: Generation
-    stream_interval: int  # of streams whose request names none
+    stream_interval: int
+    stream_options: StreamOptions
 
 
 async def create_completion(http: HttpRequest) -> Response:
@@ -105,7 +106,8 @@ async def create_completion(http: HttpRequest) -> Response:
             if body.use_beam_search
             else await start(state, requests, is_echo_only=body.max_tokens == 0)
         ),
-        stream_interval=state.config.stream_interval,
+        stream_interval=body.stream_interval or state.config.stream_interval,
+        stream_options=stream_options(body, forces_usage=state.config.enable_force_include_usage),
     )
     record_of(http.scope).generation = reply.generation
     if body.stream:
@@ -280,12 +282,12 @@ def _writer(reply: _Reply, chunks: ChunkWriter) -> Callable[[Sample, Delta], byt
 def _chunk_writer(reply: _Reply) -> ChunkWriter:
     return ChunkWriter(
         reply.generation,
-        reply.body.stream_options,
+        reply.stream_options,
         reply_id=reply.id,
         created=reply.created,
         model=reply.model,
         kind="text_completion",
         text_start=b',"text":',
         text_end=b"",
-        interval=reply.body.stream_interval or reply.stream_interval,
+        interval=reply.stream_interval,
     )
