@@ -15,7 +15,7 @@ from starlette.responses import Response
 from jaxserve.engine.request import Request, SamplingParams
 from jaxserve.errors import PromptTooLong
 from jaxserve.generation import Delta, PositionLogprobs, TokenText, build_requests
-from jaxserve.server.beams import beam_generation
+from jaxserve.server.beams import admit
 from jaxserve.server.body import read_body
 from jaxserve.server.chunks import ChunkWriter
 from jaxserve.server.events import JSON, EventStream, while_connected
@@ -33,7 +33,6 @@ from jaxserve.server.generate import (
     priority_of,
     prompt_logprobs_body,
     shown,
-    start,
     token_name,
 )
 from jaxserve.server.pacing import kept_alive
@@ -104,11 +103,7 @@ async def create_chat_completion(http: HttpRequest) -> Response:
         echoed=_last_text(messages[-1], role) if body.echo else "",
         prompt_text=prompt_text if body.return_prompt_text else None,
         body=body,
-        generation=(
-            beam_generation(state, body, [requests])
-            if body.use_beam_search
-            else await start(state, [requests])
-        ),
+        generation=await admit(state, body, [requests]),
         stream_interval=body.stream_interval or state.config.stream_interval,
         stream_options=stream_options(body, forces_usage=state.config.enable_force_include_usage),
     )

@@ -16,7 +16,7 @@ from starlette.responses import Response
 from jaxserve.engine.request import ALL_LOGPROBS, Request, SamplingParams
 from jaxserve.errors import RequestError
 from jaxserve.generation import Delta, PositionLogprobs, build_requests
-from jaxserve.server.beams import beam_generation
+from jaxserve.server.beams import admit
 from jaxserve.server.body import read_body
 from jaxserve.server.chunks import ChunkWriter
 from jaxserve.server.events import JSON, EventStream, while_connected
@@ -32,7 +32,6 @@ from jaxserve.server.generate import (
     priority_of,
     prompt_logprobs_body,
     shown,
-    start,
     token_name,
 )
 from jaxserve.server.pacing import kept_alive
@@ -101,11 +100,7 @@ async def create_completion(http: HttpRequest) -> Response:
         body=body,
         prompt_texts=texts,
         tokenizer=text.tokenizer,
-        generation=(
-            beam_generation(state, body, requests)
-            if body.use_beam_search
-            else await start(state, requests, is_echo_only=body.max_tokens == 0)
-        ),
+        generation=await admit(state, body, requests, is_echo_only=body.max_tokens == 0),
         stream_interval=body.stream_interval or state.config.stream_interval,
         stream_options=stream_options(body, forces_usage=state.config.enable_force_include_usage),
     )
