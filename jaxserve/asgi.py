@@ -15,7 +15,7 @@ from jaxserve.config import EngineConfig, ServerConfig
 from jaxserve.errors import ConfigError
 
 # What whoever hosts the application decides: it opens the socket and writes the log.
-HOST_DECIDES = ("host", "port", "header_timeout_s", "log_level")
+HOST_DECIDES = ("host", "port", "header_timeout_s", "log_level", "log_format")
 
 
 def create_app() -> ASGIApp:

@@ -114,6 +114,7 @@ def _merge(updates: list[Update]) -> list[Update]:
                 logprobs=before.logprobs + update.logprobs,
                 prompt_logprobs=prompt_logprobs or before.prompt_logprobs,
                 num_cached_tokens=max(before.num_cached_tokens, update.num_cached_tokens),
+                timeline=update.timeline or before.timeline,
             )
         merged[update.request_id] = update
     return list(merged.values())

@@ -13,6 +13,7 @@ from typing import Any
 import msgspec
 
 from jaxserve.engine.info import EngineInfo, EngineStats
+from jaxserve.engine.repetition import RepetitionDetection
 from jaxserve.engine.request import Request, SamplingParams, Update
 from jaxserve.errors import RequestError
 
@@ -143,6 +144,8 @@ def unpack_request(frame: RequestFrame) -> Request:
     params = dict(frame.params)
     if words := params.get("bad_word_tokens"):
         params["bad_word_tokens"] = tuple(tuple(word) for word in words)
+    if (detection := params.get("repetition_detection")) is not None:
+        params["repetition_detection"] = RepetitionDetection(**detection)
     return Request(
         request_id=frame.request_id,
         prompt_tokens=frame.prompt_tokens,

@@ -19,6 +19,7 @@ from jaxserve.engine.ipc import ENGINE_COMMAND
 from jaxserve.server.follower import follow
 from jaxserve.server.http import HttpServer, address_of, bind, http_server
 from jaxserve.server.life import POLL_S, Life, build_app
+from jaxserve.server.log import configure_log
 
 # How long a dead server still answers its probes with 503, and its streams with the error.
 DEAD_GRACE_S = 2.0
@@ -37,9 +38,7 @@ def run(
     0 after a drain; 1 when the engine died or could not start. Raises `ConfigError` when the
     address is taken. A second signal ends the process at once.
     """
-    logging.basicConfig(
-        level=server_config.log_level.upper(), format="%(asctime)s %(levelname)s %(message)s"
-    )
+    configure_log(server_config)
     if (place := place_of(server_config, os.environ)) is not None:
         engine_command = (*engine_command, place.to_text())
         if place.process_id:

@@ -11,6 +11,7 @@ from jaxserve.config import EngineConfig
 from jaxserve.engine import wire
 from jaxserve.engine.ipc import IpcClient
 from jaxserve.engine.process import serve_ipc
+from jaxserve.engine.repetition import RepetitionDetection
 from jaxserve.engine.request import Request, SamplingParams, TokenLogprobs, Update
 from jaxserve.engine.wire import (
     RequestFrame,
@@ -72,6 +73,8 @@ def test_a_request_survives_the_wire_with_every_parameter():
             detokenize=False,
             skip_special_tokens=False,
             spaces_between_special_tokens=False,
+            logprob_token_ids=[5, 6],
+            repetition_detection=RepetitionDetection(max_pattern_size=4),
         ),
         priority=-3,
         cache_salt="salt",
