@@ -214,6 +214,8 @@ class Snapshot(Collector):
             "quantization": info.quantization,
             "kv_cache_dtype": info.kv_cache_dtype,
             "attention": info.attention,
+            "mesh": info.mesh,
+            "num_processes": str(info.num_processes),
             "max_model_len": str(info.max_model_len),
             "max_num_seqs": str(info.max_num_seqs),
             "num_programs": str(info.num_programs),
