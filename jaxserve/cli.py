@@ -328,7 +328,7 @@ def _serve(args: argparse.Namespace) -> int:
     engine_config, server_config = _configs(args)
     from jaxserve.server.main import run as run_server
 
-    return run_server(engine_config, server_config)
+    return run_server(engine_config, server_config, environ=os.environ)
 
 
 def _generate(args: argparse.Namespace) -> int:

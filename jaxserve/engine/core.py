@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import jax
 
 from jaxserve.config import EngineConfig
-from jaxserve.engine.info import EngineStats
+from jaxserve.engine.info import EngineStats, Report
 from jaxserve.engine.leader import Leader
 from jaxserve.engine.pages import PagePool
 from jaxserve.engine.prefix_cache import PrefixCache
@@ -17,8 +17,6 @@ from jaxserve.engine.runner import Pending
 from jaxserve.engine.scheduler import Scheduler
 from jaxserve.engine.sequence import StepPlan
 from jaxserve.engine.startup import Started, start
-
-Report = Callable[[str], None]
 
 _COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 
@@ -123,10 +121,10 @@ class EngineCore:
             queue_s=self._queue_s,
         )
 
-    def close(self) -> None:
-        """Lets go of the device's memory, and ends the other processes in order."""
+    def close(self, reason: str | None = None) -> None:
+        """Lets go of the device's memory, and ends the other processes; a reason is what failed."""
         if self._leader is not None:
-            self._leader.end()
+            self._leader.end(None if reason is None else f"process 0 failed: {reason}")
         self._compiles.close()
         self._pending = None
         self._runner.close()

@@ -3,12 +3,13 @@
 import asyncio
 import dataclasses
 import socket
+import time
 
 import msgspec
 import pytest
 
 from jaxserve.config import EngineConfig
-from jaxserve.engine import wire
+from jaxserve.engine import ipc, wire
 from jaxserve.engine.ipc import IpcClient
 from jaxserve.engine.process import serve_ipc
 from jaxserve.engine.request import Request, SamplingParams, TokenLogprobs, Update
@@ -23,6 +24,7 @@ from jaxserve.engine.wire import (
 from jaxserve.errors import ConfigError, EngineStopped, QueueFull, RequestError
 from tests.fakes import EchoEngine
 from tests.server.serving import EchoLink, echo_command
+from tests.waiting import until
 
 pytestmark = pytest.mark.anyio
 
@@ -229,3 +231,51 @@ async def test_the_engine_process_ends_when_its_front_does():
     client._writer.transport.abort()
     assert await asyncio.to_thread(process.wait, 10) == 0
     await client.close()
+
+
+async def test_a_reason_to_close_comes_before_the_close():
+    ours, theirs = socket.socketpair()
+    heard = []
+
+    def make_engine(config, deliver, report) -> EchoEngine:
+        engine = EchoEngine(deliver)
+        close = engine.close
+        engine.close = lambda: (heard.append("closed"), close())[1]
+        return engine
+
+    with theirs:
+        serving = asyncio.create_task(
+            asyncio.to_thread(serve_ipc, theirs, make_engine, on_close=heard.append)
+        )
+        client = await IpcClient.connect(ours, EngineConfig(), report=print)
+        await client.wait_ready()
+        await client.close("the chat template is wrong")
+        await serving
+    assert heard == [wire.Close("the chat template is wrong"), "closed"]
+
+
+async def test_a_front_that_stood_still_does_not_blame_the_engine(monkeypatch):
+    monkeypatch.setattr(ipc, "ALIVE_S", 0.1)
+    async with EchoLink().client() as client:
+        asked = 0
+
+        async def stand_still() -> None:
+            nonlocal asked
+            asked += 1
+            if asked == 1:  # once the frame has left
+                asyncio.get_running_loop().call_soon(time.sleep, 1.3)
+            await IpcClient.stats(client)
+
+        monkeypatch.setattr(client, "stats", stand_still)
+        watching = asyncio.create_task(client._watch())
+        await until(lambda: asked > 2 or watching.done())
+        watching.cancel()
+        assert client.error is None
+
+
+async def test_an_engine_that_does_not_answer_is_ended(monkeypatch):
+    monkeypatch.setattr(ipc, "ALIVE_S", 0.1)
+    async with EchoLink().client() as client:
+        monkeypatch.setattr(client, "stats", asyncio.Event().wait)
+        await asyncio.wait_for(client._watch(), 5)
+        assert client.error == "the engine process has not answered for 0 s"
