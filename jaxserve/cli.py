@@ -1,4 +1,4 @@
-"""The command line: parses argv and the environment, the only module that does, and runs a command.
+"""The command line: parses argv, the only module that does, and the environment; runs a command.
 
 Flags are generated from the config dataclasses. Each command imports what it needs when it runs,
 so that `--help` stays quick.

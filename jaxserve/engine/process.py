@@ -277,6 +277,7 @@ def _serve_member(sock: socket.socket, place: Place) -> None:
             os._exit(1)
         if message.reason is not None and members:
             members[0].end(message.reason)
+            outbox.close()
             # A step that the others no longer take part in cannot be joined.
             os._exit(1)
 

@@ -3,7 +3,6 @@
 import concurrent.futures
 import contextlib
 import os
-import re
 import signal
 import sys
 import time
@@ -232,14 +231,3 @@ def test_a_mesh_that_leaves_a_process_out_ends_all_with_the_reason(folder):
         assert [first.process.wait(90), other.process.wait(END_S)] == [1, 1]
         for server in (first, other):
             assert "mesh 1x4 takes the devices of 1 of 2 processes" in log_of(server)
-
-
-def test_a_front_of_process_0_that_fails_ends_all_with_the_reason(folder):
-    place = [f"--coordinator=127.0.0.1:{free_port()}", "--num-processes=2", "--mesh=2x4"]
-    template = "--chat-template={% for %}"
-    with (
-        running(command(folder, *place, "--process-id=1"), env=env(4)) as other,
-        running(command(folder, *place, "--process-id=0", template), env=env(4)) as first,
-    ):
-        assert [first.process.wait(90), other.process.wait(END_S)] == [1, 1]
-        assert re.search(r"ERROR .*process 0 failed: .*template", log_of(other))

@@ -3,6 +3,7 @@
 import asyncio
 import dataclasses
 import socket
+import sys
 import time
 
 import msgspec
@@ -252,6 +253,41 @@ async def test_a_reason_to_close_comes_before_the_close():
         await client.close("the chat template is wrong")
         await serving
     assert heard == [wire.Close("the chat template is wrong"), "closed"]
+
+
+# The engine process of a cluster without the cluster: it tells how that was ended.
+MEMBER = """
+import socket, sys
+from jaxserve.engine import process
+from jaxserve.engine.cluster import Place
+from tests.fakes import EchoEngine
+
+class Member:
+    def __init__(self, place, config, report, on_end, *, on_heard):
+        self.report = report
+
+    def start(self, deliver):
+        return EchoEngine(deliver)
+
+    def end(self, reason=None):
+        self.report(f"ended: {reason}")
+
+process.Member = Member
+place = Place(host="127.0.0.1", port=1, num_processes=2, process_id=0)
+process._serve_member(socket.socket(fileno=int(sys.argv[1])), place)
+"""
+
+
+@pytest.mark.parametrize(("reason", "status"), [("the front failed", 1), (None, 0)])
+async def test_a_cluster_ends_in_order_only_where_nothing_failed(reason, status):
+    lines = []
+    client = await IpcClient.start(
+        EngineConfig(), report=lines.append, command=(sys.executable, "-c", MEMBER)
+    )
+    await asyncio.wait_for(client.wait_ready(), 30)
+    await client.close(reason)
+    assert client._process is not None and client._process.returncode == status
+    assert lines == ([f"ended: {reason}"] if reason else [])
 
 
 async def test_a_front_that_stood_still_does_not_blame_the_engine(monkeypatch):
