@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import time
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import jax
 
 from jaxserve.config import EngineConfig
-from jaxserve.engine.info import STEP_TOKEN_BOUNDS, EngineStats
+from jaxserve.engine.info import STEP_TOKEN_BOUNDS, EngineStats, Report
 from jaxserve.engine.leader import Leader
 from jaxserve.engine.pages import PagePool
 from jaxserve.engine.prefix_cache import PrefixCache
@@ -18,8 +18,6 @@ from jaxserve.engine.runner import Pending
 from jaxserve.engine.scheduler import Scheduler
 from jaxserve.engine.sequence import StepPlan
 from jaxserve.engine.startup import Started, start
-
-Report = Callable[[str], None]
 
 _COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 
@@ -126,10 +124,10 @@ class EngineCore:
             step_tokens_sum=self._step_tokens_sum,
         )
 
-    def close(self) -> None:
-        """Lets go of the device's memory, and ends the other processes in order."""
+    def close(self, reason: str | None = None) -> None:
+        """Lets go of the device's memory, and ends the other processes; a reason is what failed."""
         if self._leader is not None:
-            self._leader.end()
+            self._leader.end(None if reason is None else f"process 0 failed: {reason}")
         self._compiles.close()
         self._pending = None
         self._runner.close()
