@@ -247,6 +247,9 @@ def _prepare(message: Prepare, engine: Engine, outbox: Outbox) -> None:
         engine.prepare(message.grammar)
     except JaxserveError as error:
         outbox.put(_refused(message.call, error, outbox))
+    except Exception as error:  # a bug: whoever waits for the answer must not wait for ever
+        traceback.print_exception(error)
+        outbox.put(Admitted(message.call, "EngineStopped", f"{type(error).__name__}: {error}"))
     else:
         outbox.put(Admitted(message.call))
 

@@ -2,7 +2,9 @@
 
 import asyncio
 import dataclasses
+import functools
 import socket
+import threading
 
 import msgspec
 import pytest
@@ -115,6 +117,28 @@ async def test_a_request_is_answered_token_by_token():
         updates = await drain(stream)
     assert [token for update in updates for token in update.tokens] == [1, 2, 3, 1]
     assert updates[-1].finish_reason == "length"
+
+
+async def test_a_slow_compiler_holds_up_nobody_else(monkeypatch):
+    prepared = threading.Event()
+    monkeypatch.setattr(EchoEngine, "prepare", lambda self, grammar: prepared.wait(10))
+    monkeypatch.setattr(EchoEngine, "submit", functools.partialmethod(_submit_plainly))
+    async with EchoLink().client() as client:
+        grammar = Grammar(source="start: /a/")
+        slow = asyncio.create_task(client.submit([request("slow", grammar=grammar)]))
+        await drain(await client.submit([request("quick", max_tokens=4)]))
+        assert not slow.done()
+        gone = asyncio.create_task(client.submit([request("gone", grammar=grammar)]))
+        await asyncio.sleep(0)
+        gone.cancel()
+        prepared.set()
+        assert [update.request_id for update in await drain(await slow)][-1:] == ["slow"]
+        assert (await client.stats()).num_running == 0
+
+
+def _submit_plainly(engine, sent, submit=EchoEngine.submit):
+    params = dataclasses.replace(sent.params, grammar=None)
+    submit(engine, dataclasses.replace(sent, params=params))
 
 
 async def test_updates_that_have_queued_arrive_as_one():
