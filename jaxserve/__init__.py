@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from jaxserve.engine.request import SamplingParams
     from jaxserve.llm import LLM, generate
     from jaxserve.outputs import CompletionOutput, RequestOutput
+    from jaxserve.structured_outputs import StructuredOutputsParams
 
 __version__ = "0.1.0"
 
@@ -22,6 +23,7 @@ __all__ = [
     "CompletionOutput",
     "RequestOutput",
     "SamplingParams",
+    "StructuredOutputsParams",
     "__version__",
     "generate",
 ]
@@ -32,6 +34,7 @@ _HOMES = {
     "generate": "jaxserve.llm",
     "SamplingParams": "jaxserve.engine.request",
     "RequestOutput": "jaxserve.outputs",
+    "StructuredOutputsParams": "jaxserve.structured_outputs",
     "CompletionOutput": "jaxserve.outputs",
 }
 

@@ -29,6 +29,7 @@ REQUESTS = (
     {"temperature": 1, "seed": 2, "top_k": 40, "logit_bias": {"7": 4.0, "300": 3.0}},
     {"temperature": 1, "seed": 3, "allowed_token_ids": [5, 120, 130, 255, 319]},
     {"temperature": 0, "logprobs": 3},
+    {"temperature": 1, "seed": 4, "structured_outputs": {"regex": "[a-f]+[0-9]{3,90}"}},
 )
 
 

@@ -2,8 +2,10 @@
 
 import asyncio
 import dataclasses
+import functools
 import socket
 import sys
+import threading
 import time
 
 import msgspec
@@ -24,6 +26,7 @@ from jaxserve.engine.wire import (
     unpack_request,
 )
 from jaxserve.errors import ConfigError, EngineStopped, QueueFull, RequestError
+from jaxserve.structured_outputs import Grammar
 from tests.fakes import EchoEngine
 from tests.server.serving import EchoLink, echo_command
 from tests.waiting import until
@@ -73,6 +76,8 @@ def test_a_request_survives_the_wire_with_every_parameter():
             allowed_token_ids=[1, 5],
             bad_words=["no"],
             bad_word_tokens=((1, 2), (3,)),
+            structured_outputs=None,
+            grammar=Grammar(source="start: /a/", param="tools", start_after_tokens=(3, 4)),
             detokenize=False,
             skip_special_tokens=False,
             spaces_between_special_tokens=False,
@@ -90,7 +95,8 @@ def test_a_request_survives_the_wire_with_every_parameter():
         for field in dataclasses.fields(SamplingParams)
         if getattr(sent.params, field.name) != field.default
     }
-    assert changed == {field.name for field in dataclasses.fields(SamplingParams)}
+    names = {field.name for field in dataclasses.fields(SamplingParams)}
+    assert changed == names - {"structured_outputs"}  # the text side makes it a grammar
 
 
 def test_an_update_survives_the_wire_with_every_field():
@@ -102,6 +108,7 @@ def test_an_update_survives_the_wire_with_every_field():
         prompt_logprobs=(None, logprobs),
         finish_reason="stop",
         stop_token=1,
+        is_complete=True,
         num_cached_tokens=16,
         error="no",
     )
@@ -116,6 +123,28 @@ async def test_a_request_is_answered_token_by_token():
         updates = await drain(stream)
     assert [token for update in updates for token in update.tokens] == [1, 2, 3, 1]
     assert updates[-1].finish_reason == "length"
+
+
+async def test_a_slow_compiler_holds_up_nobody_else(monkeypatch):
+    prepared = threading.Event()
+    monkeypatch.setattr(EchoEngine, "prepare", lambda self, grammar: prepared.wait(10))
+    monkeypatch.setattr(EchoEngine, "submit", functools.partialmethod(_submit_plainly))
+    async with EchoLink().client() as client:
+        grammar = Grammar(source="start: /a/")
+        slow = asyncio.create_task(client.submit([request("slow", grammar=grammar)]))
+        await drain(await client.submit([request("quick", max_tokens=4)]))
+        assert not slow.done()
+        gone = asyncio.create_task(client.submit([request("gone", grammar=grammar)]))
+        await asyncio.sleep(0)
+        gone.cancel()
+        prepared.set()
+        assert [update.request_id for update in await drain(await slow)][-1:] == ["slow"]
+        assert (await client.stats()).num_running == 0
+
+
+def _submit_plainly(engine, sent, submit=EchoEngine.submit):
+    params = dataclasses.replace(sent.params, grammar=None)
+    submit(engine, dataclasses.replace(sent, params=params))
 
 
 async def test_updates_that_have_queued_arrive_as_one():
