@@ -38,6 +38,8 @@ def test_devices_sum_twice_a_layer_and_exchange_nothing_else(
     program = compile_case(case, bucket)
     assert program.faults == ()  # the cache is written in place
     assert program.num_state_copies == 0
+    if "num_experts" in MODELS[model]:  # attention, and the three products of experts
+        assert program.num_kernels == 4 * LAYERS
     parts = parse_mesh(mesh).rank_devices
     always = [what for what in program.collectives.elements() if what.is_always]
     # Behind attention, behind the feed-forward or experts, and the embedding: none over data.
