@@ -13,14 +13,17 @@ from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
+from jaxserve.beam_search import BeamSearch, BeamSearchParams
 from jaxserve.config import EngineConfig, ServerConfig, from_table
 from jaxserve.engine.request import SamplingParams, Update
 from jaxserve.errors import EngineStopped, RequestError
-from jaxserve.generation import build_requests
+from jaxserve.generation import build_requests, encode_prompt
 from jaxserve.offline import Answer, Mailbox, Sample, run
-from jaxserve.outputs import RequestOutput
+from jaxserve.offline_beams import beam_output, candidates_of
+from jaxserve.outputs import BeamSearchOutput, RequestOutput
 from jaxserve.server.model_text import ModelText, find_model, load_text
 from jaxserve.text.chat_template import ChatTemplate, encode_chat
+from jaxserve.text.grammar import vocabulary_of
 from jaxserve.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -44,6 +47,7 @@ class LLM:
         mailbox = Mailbox()
         self._mailbox = mailbox
         self._client = _start_engine(self.config, mailbox.deliver)
+        self._has_vocabulary = False
         self._close = weakref.finalize(self, self._client.close)
         self._request_ids = map(str, itertools.count())
         # Not for secrets: a fixed sequence is what `seed` promises.
@@ -103,6 +107,51 @@ class LLM:
             parsed.append((chat.text, chat.tokens, ""))
         return self._run(parsed, sampling_params, use_tqdm, priority)
 
+    def beam_search(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: BeamSearchParams,
+        *,
+        priority: int | Sequence[int] | None = None,
+    ) -> list[BeamSearchOutput]:
+        """Returns the best continuations of each prompt, best first, in the order of `prompts`.
+
+        Raises as `generate` does.
+        """
+        self._check_open()
+        info, tokenizer = self._client.info, self._text.tokenizer
+        params.check_logprobs(info.max_logprobs)
+        given = [_parse_prompt(prompt) for prompt in _as_list(prompts)]
+        priorities = _one_each(priority or 0, int, len(given), "priority")
+        searches = [
+            BeamSearch(
+                encode_prompt(prompt, tokenizer, info),
+                params,
+                eos_tokens=info.eos_tokens,
+                max_model_len=info.max_model_len,
+            )
+            for _, prompt, _ in given
+        ]
+        while True:
+            rounds = [search.prompts for search in searches]
+            answers = [
+                self._answer(
+                    None,
+                    list(beam),
+                    given[index][2],
+                    params=searches[index].step_params,
+                    priority=priorities[index],
+                )
+                for index, beams in enumerate(rounds)
+                for beam in beams
+            ]
+            if not answers:
+                return [beam_output(search, params, tokenizer) for search in searches]
+            outputs = iter(run(self._client, self._mailbox, answers))
+            for search, beams in zip(searches, rounds, strict=True):
+                if beams:
+                    search.advance([candidates_of(next(outputs)) for _ in beams])
+
     def get_tokenizer(self) -> Tokenizer:
         """Returns the model's tokenizer."""
         return self._text.tokenizer
@@ -161,6 +210,7 @@ class LLM:
             self._answer(*prompt, params=params[index], priority=priorities[index])
             for index, prompt in enumerate(prompts)
         ]
+        self._prepare(answers)
         with _Progress(len(answers), is_shown=use_tqdm) as progress:
             return run(
                 self._client,
@@ -169,6 +219,19 @@ class LLM:
                 is_by_priority=self.config.scheduling_policy == "priority",
                 on_output=progress.advance,
             )
+
+    def _prepare(self, answers: Sequence[Answer]) -> None:
+        """Compiles the grammars of the answers; `RequestError` for one that cannot be."""
+        samples = [sample for answer in answers for sample in answer.samples]
+        grammars = dict.fromkeys(sample.request.params.grammar for sample in samples)
+        for grammar in grammars:
+            if grammar is None:
+                continue
+            # Not at the start: it takes a moment, and few need it.
+            if not self._has_vocabulary and (vocabulary := vocabulary_of(self._text.tokenizer)):
+                self._client.set_vocabulary(vocabulary)
+                self._has_vocabulary = True
+            self._client.prepare(grammar)
 
     def _answer(
         self,

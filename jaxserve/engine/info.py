@@ -1,11 +1,16 @@
-"""What an engine says about itself: fixed facts once ready, and counters at a moment.
+"""What an engine says about itself: lines while loading, facts once ready, counters at a moment.
 
-Host only: imports no jax. msgspec encodes both.
+Host only: imports no jax. msgspec encodes the facts and the counters.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+
+Report = Callable[[str], None]  # takes a line about loading, for the log
+
+STEP_TOKEN_BOUNDS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +38,7 @@ class EngineInfo:
     num_programs: int  # compiled step programs
     ready_s: float  # from the start of loading until ready
     scheduling_policy: str = "fcfs"
+    enable_prefix_caching: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,4 +59,6 @@ class EngineStats:
     num_compiles_since_ready: int = 0
     host_gap_s: float = 0.0  # time the device waited for the host
     step_s: float = 0.0  # time in steps
-    queue_s: float = 0.0  # time requests spent waiting for their first step
+    # Steps by the tokens they computed: bounded as STEP_TOKEN_BOUNDS says, then all larger ones.
+    step_tokens: tuple[int, ...] = (0,) * (len(STEP_TOKEN_BOUNDS) + 1)
+    step_tokens_sum: int = 0

@@ -13,8 +13,11 @@ from typing import Any
 
 import msgspec
 
+from jaxserve.engine.repetition import RepetitionDetection
 from jaxserve.engine.request import SamplingParams
 from jaxserve.errors import RequestError
+from jaxserve.server.protocol.beams import check_beams
+from jaxserve.server.protocol.structured import RENAMED, structured_outputs_of
 
 MAX_REQUEST_ID = 128
 MAX_CACHE_SALT = 128
@@ -39,28 +42,19 @@ SAMPLING_FIELDS = (
     "ignore_eos",
     "allowed_token_ids",
     "bad_words",
+    "logprob_token_ids",
+    "repetition_detection",
     "skip_special_tokens",
     "spaces_between_special_tokens",
 )
 
 # Fields that cannot be honoured, and the values that ask for nothing.
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
-    "structured_outputs": (None,),
-    "guided_json": (None,),
-    "guided_regex": (None,),
-    "guided_choice": (None,),
-    "guided_grammar": (None,),
+    **dict.fromkeys(RENAMED, (None,)),
     "guided_decoding_backend": (None,),
-    "use_beam_search": (None, False),
-    "length_penalty": (None, 1, 1.0),
     "best_of": (None, 1),
-    "truncate_prompt_tokens": (None,),
-    "truncation_side": (None,),
-    "logprob_token_ids": (None, []),
     "prompt_logprob_token_ids": (None, []),
-    "stream_interval": (None, 1),
     "thinking_token_budget": (None,),
-    "repetition_detection": (None,),
     "watermarking": (None,),
     "kv_transfer_params": (None,),
     "ec_transfer_params": (None,),
@@ -113,22 +107,24 @@ class GenerationFields(msgspec.Struct, kw_only=True):
     priority: int | None = None
     cache_salt: str | None = None
     response_format: dict[str, Any] | None = None
-    structured_outputs: Any = msgspec.UNSET
+    structured_outputs: dict[str, Any] | None = None
     guided_json: Any = msgspec.UNSET
     guided_regex: Any = msgspec.UNSET
     guided_choice: Any = msgspec.UNSET
     guided_grammar: Any = msgspec.UNSET
+    guided_json_object: Any = msgspec.UNSET
+    guided_whitespace_pattern: Any = msgspec.UNSET
     guided_decoding_backend: Any = msgspec.UNSET
-    use_beam_search: Any = msgspec.UNSET
-    length_penalty: Any = msgspec.UNSET
+    use_beam_search: bool | None = None
+    length_penalty: float | None = None
     best_of: Any = msgspec.UNSET
-    truncate_prompt_tokens: Any = msgspec.UNSET
-    truncation_side: Any = msgspec.UNSET
-    logprob_token_ids: Any = msgspec.UNSET
+    truncate_prompt_tokens: int | None = None
+    truncation_side: str | None = None
+    logprob_token_ids: list[int] | None = None
     prompt_logprob_token_ids: Any = msgspec.UNSET
-    stream_interval: Any = msgspec.UNSET
+    stream_interval: int | None = None
     thinking_token_budget: Any = msgspec.UNSET
-    repetition_detection: Any = msgspec.UNSET
+    repetition_detection: RepetitionDetection | None = None
     watermarking: Any = msgspec.UNSET
     kv_transfer_params: Any = msgspec.UNSET
     ec_transfer_params: Any = msgspec.UNSET
@@ -146,14 +142,10 @@ def check_fields(
     for name, harmless in (*UNSUPPORTED.items(), *unsupported.items()):
         value = getattr(body, name)
         if value is not msgspec.UNSET and value not in harmless:
-            raise RequestError(f"{name} is not supported by this server", param=name)
-    if body.response_format is not None and body.response_format.get("type") != "text":
-        raise RequestError(
-            'response_format is not supported by this server, except {"type": "text"}',
-            param="response_format",
-        )
-    if body.stream_options is not None:
-        _check_stream_options(body.stream_options, is_stream=bool(body.stream))
+            instead = f"; use {RENAMED[name]}" if name in RENAMED else ""
+            raise RequestError(f"{name} is not supported by this server{instead}", param=name)
+    _check_stream(body)
+    check_beams(body)
     if body.prompt_logprobs is not None and body.stream:
         raise RequestError("prompt_logprobs cannot be streamed", param="prompt_logprobs")
     if body.priority is not None and not -(2**63) <= body.priority < 2**63:
@@ -171,8 +163,15 @@ def check_fields(
             )
 
 
-def _check_stream_options(options: StreamOptions, *, is_stream: bool) -> None:
-    if not is_stream:
+def _check_stream(body: GenerationFields) -> None:
+    if body.stream_interval is not None and body.stream_interval < 1:
+        raise RequestError(
+            f"stream_interval is {body.stream_interval}; it must be at least 1",
+            param="stream_interval",
+        )
+    if (options := body.stream_options) is None:
+        return
+    if not body.stream:
         raise RequestError("stream_options needs stream: true", param="stream_options")
     if options.continuous_usage_stats and not options.include_usage:
         raise RequestError(
@@ -190,6 +189,8 @@ def sampling_params(
     given = {name: value for name in SAMPLING_FIELDS if (value := getattr(body, name)) is not None}
     if body.logit_bias is not None:
         given["logit_bias"] = {_bias_token(key): bias for key, bias in body.logit_bias.items()}
+    outputs = structured_outputs_of(body.response_format, body.structured_outputs)
+    given["structured_outputs"] = outputs
     return SamplingParams(**{**defaults, **given, **fields})
 
 
