@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from jaxserve.engine.request import SamplingParams
     from jaxserve.llm import LLM, generate
     from jaxserve.outputs import CompletionOutput, RequestOutput
+    from jaxserve.structured_outputs import StructuredOutputsParams
 
 __version__ = "0.1.0"
 
@@ -24,6 +25,7 @@ __all__ = [
     "RepetitionDetection",
     "RequestOutput",
     "SamplingParams",
+    "StructuredOutputsParams",
     "__version__",
     "generate",
 ]
@@ -35,6 +37,7 @@ _HOMES = {
     "RepetitionDetection": "jaxserve.engine.repetition",
     "SamplingParams": "jaxserve.engine.request",
     "RequestOutput": "jaxserve.outputs",
+    "StructuredOutputsParams": "jaxserve.structured_outputs",
     "CompletionOutput": "jaxserve.outputs",
 }
 

@@ -1,4 +1,4 @@
-"""The command line: parses argv, as no other module does, and runs a command.
+"""The command line: parses argv, the only module that does, and the environment; runs a command.
 
 Flags are generated from the config dataclasses. Each command imports what it needs when it runs,
 so that `--help` stays quick.
@@ -235,7 +235,7 @@ def _serve(args: argparse.Namespace) -> int:
     engine_config, server_config = _configs(args)
     from jaxserve.server.main import run as run_server
 
-    return run_server(engine_config, server_config)
+    return run_server(engine_config, server_config, environ=os.environ)
 
 
 def _generate(args: argparse.Namespace) -> int:

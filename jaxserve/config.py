@@ -140,7 +140,8 @@ class ServerConfig:
     process_id: int | Auto = option("auto", "which of them this is; 0 serves HTTP", low=0)
     health_port: int | Auto = option(
         "auto",
-        "port where the other processes answer /health; `auto` is `port`, unless it is taken",
+        "port where the other processes answer /health; `auto` is `port`, unless process 0 is on "
+        "the same host or it is taken",
         low=0,
         high=65535,
     )

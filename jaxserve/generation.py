@@ -25,6 +25,7 @@ from jaxserve.engine.request import (
 )
 from jaxserve.errors import EngineStopped, PromptTooLong, RequestError
 from jaxserve.text.detokenizer import TextDelta, TextStream
+from jaxserve.text.grammar import grammar_for
 from jaxserve.text.tokenizer import Tokenizer
 
 _SEEDS = 2**63
@@ -119,7 +120,7 @@ def build_requests(
 def _resolve(
     params: SamplingParams, num_prompt: int, tokenizer: Tokenizer, info: EngineInfo
 ) -> SamplingParams:
-    """Returns `params` as the engine needs them: bad words as tokens, a length that fits."""
+    """Returns `params` as the engine needs them: text as tokens or grammar, a length that fits."""
     if params.stop and not params.detokenize:
         raise RequestError("stop needs detokenize to be true", param="stop")
     if params.max_tokens is not None and params.max_tokens > info.max_model_len:
@@ -129,11 +130,14 @@ def _resolve(
         )
     room = info.max_model_len - num_prompt
     max_tokens = room if params.max_tokens is None else min(params.max_tokens, room)
+    outputs = params.structured_outputs
     params = dataclasses.replace(
         params,
         max_tokens=max_tokens,
         min_tokens=min(params.min_tokens, max_tokens),
         bad_word_tokens=params.bad_word_tokens + _bad_word_tokens(params, tokenizer),
+        structured_outputs=None,
+        grammar=params.grammar if outputs is None else grammar_for(outputs, tokenizer),
     )
     params.check_vocabulary(info.vocab_size, info.max_logprobs)
     return _with_all_logprobs(params, info.vocab_size)
@@ -255,7 +259,8 @@ class Assembler:
         if self._repetition is not None:
             update = _until_repetition(update, self._repetition)
         shown = update.tokens
-        if update.finish_reason == "stop" and not self._show_stop_token:
+        ends_with_stop = update.finish_reason == "stop" and not update.is_complete
+        if ends_with_stop and not self._show_stop_token:
             shown = shown[:-1]  # the EOS or stop token: part of the tokens, not of the text
         text = self._text_of(shown, update.finish_reason is not None)
         tokens = update.tokens if text.stop is None else update.tokens[: text.num_tokens]

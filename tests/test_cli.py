@@ -19,7 +19,8 @@ def served(monkeypatch):
     """Returns a function that runs `jaxserve serve` and returns the configs it would start with."""
     calls = []
 
-    def fake_run(engine_config, server_config):
+    def fake_run(engine_config, server_config, *, environ):
+        assert environ is os.environ  # which tells whether there is a cluster
         calls.append((engine_config, server_config))
         return 0
 
@@ -166,7 +167,7 @@ def test_a_file_that_is_not_there_is_a_mistake(capsys, tmp_path):
 
 
 def test_an_error_of_the_engine_is_one_line_and_status_1(monkeypatch, capsys):
-    def fail(engine_config, server_config):
+    def fail(engine_config, server_config, *, environ):
         raise ConfigError("it does not fit:\n 3 GiB")
 
     monkeypatch.setattr("jaxserve.server.main.run", fail)

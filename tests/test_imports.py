@@ -18,6 +18,7 @@ LAYERS = (
     ("jaxserve.batch",),
     ("jaxserve.ops",),
     ("jaxserve.models",),
+    ("jaxserve.structured_outputs",),
     ("jaxserve.engine", "jaxserve.text"),
     ("jaxserve.outputs",),
     ("jaxserve.beam_search",),
@@ -60,6 +61,7 @@ HOST_MODULES = (
     "jaxserve.offline",
     "jaxserve.offline_beams",
     "jaxserve.llm",
+    "jaxserve.structured_outputs",
     "jaxserve.text",
     "jaxserve.server",
     "jaxserve.models.checkpoint",
@@ -73,6 +75,7 @@ HOST_MODULES = (
     "jaxserve.engine.ipc",
     "jaxserve.engine.cluster",
     "jaxserve.engine.follower",
+    "jaxserve.engine.grammar",
     "jaxserve.engine.leader",
     "jaxserve.engine.member",
 )

@@ -1,13 +1,15 @@
 """The offline API on the real engine, with a tiny model."""
 
 import asyncio
+import json
 import threading
 import time
 
 import numpy as np
 import pytest
 
-from jaxserve import LLM, BeamSearchParams, SamplingParams
+from jaxserve import LLM, BeamSearchParams, SamplingParams, StructuredOutputsParams
+from jaxserve.errors import RequestError
 from tests.checkpoints import write_llama_folder
 from tests.dense_llama import DenseLlama
 
@@ -50,6 +52,31 @@ def test_greedy_answers_are_the_references(llm, folder):
     expected = [reference.greedy(prompt, 8) for prompt in prompts]
     assert [list(output.outputs[0].token_ids) for output in outputs] == expected
     assert all(output.outputs[0].finish_reason == "length" for output in outputs)
+
+
+def test_structured_outputs_shape_the_answers(llm):
+    def kept(**outputs):
+        options = {"temperature": 1.0, "seed": 1, "max_tokens": 60, "n": 3}
+        return SamplingParams(structured_outputs=StructuredOutputsParams(**outputs), **options)
+
+    schema = {"type": "object", "properties": {"a": {"enum": [1, 2]}}, "required": ["a"]}
+    schema["additionalProperties"] = False
+    params = [kept(choice=["yes", "no"]), kept(regex="[0-9]{4}"), GREEDY, kept(json=schema)]
+    free = llm.generate("hello", GREEDY, use_tqdm=False)[0].outputs[0].text
+    outputs = llm.generate(["hello"] * 4, params, use_tqdm=False)
+    choices, digits, plain, objects = [[one.text for one in each.outputs] for each in outputs]
+    assert set(choices) <= {"yes", "no"} and plain == [free]
+    assert all(len(text) == 4 and text.isdigit() for text in digits)
+    assert all(json.loads(text)["a"] in (1, 2) for text in objects)
+    assert is_idle(llm)
+
+
+def test_a_grammar_that_cannot_be_is_refused_before_anything_runs(llm):
+    steps = llm._client.stats().num_steps
+    bad = SamplingParams(structured_outputs=StructuredOutputsParams(grammar="start: nowhere"))
+    with pytest.raises(RequestError, match="nowhere"):
+        llm.generate(["hello"] * 2, [GREEDY, bad], use_tqdm=False)
+    assert llm._client.stats().num_steps == steps and is_idle(llm)
 
 
 def test_samples_of_one_prompt_differ_and_chat_answers(llm):

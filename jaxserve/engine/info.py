@@ -1,11 +1,14 @@
-"""What an engine says about itself: fixed facts once ready, and counters at a moment.
+"""What an engine says about itself: lines while loading, facts once ready, counters at a moment.
 
-Host only: imports no jax. msgspec encodes both.
+Host only: imports no jax. msgspec encodes the facts and the counters.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+
+Report = Callable[[str], None]  # takes a line about loading, for the log
 
 STEP_TOKEN_BOUNDS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 

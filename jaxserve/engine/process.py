@@ -14,24 +14,28 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
 
 from jaxserve.config import EngineConfig, from_table
 from jaxserve.engine.cluster import Place
-from jaxserve.engine.info import EngineInfo, EngineStats
+from jaxserve.engine.frames import LENGTH
+from jaxserve.engine.info import EngineInfo, EngineStats, Report
 from jaxserve.engine.member import Member
 from jaxserve.engine.request import Request, Update
 from jaxserve.engine.wire import (
-    LENGTH,
     Abort,
     Admitted,
     AskStats,
     Close,
     Died,
     Ended,
+    Joined,
+    Prepare,
     Progress,
     Ready,
     RequestFrame,
+    SetVocabulary,
     Start,
     Stats,
     Submit,
@@ -43,8 +47,10 @@ from jaxserve.engine.wire import (
     unpack_request,
 )
 from jaxserve.errors import EngineStopped, JaxserveError, RequestError
+from jaxserve.structured_outputs import Grammar, Vocabulary
 
 CLOSE_GRACE_S = 10.0
+_NUM_PREPARING = 4  # grammars that are waited for at once; further ones queue
 
 
 class Engine(Protocol):
@@ -57,6 +63,12 @@ class Engine(Protocol):
     @property
     def error(self) -> BaseException | None:
         """What ended the engine, if not `close`."""
+
+    def set_vocabulary(self, vocabulary: Vocabulary) -> None:
+        """Learns what tokens are made of, which grammars need."""
+
+    def prepare(self, grammar: Grammar) -> None:
+        """Compiles a grammar or raises `RequestError`; may block for seconds."""
 
     def submit(self, request: Request) -> None:
         """Admits a request or raises `QueueFull` or `EngineStopped`."""
@@ -72,7 +84,7 @@ class Engine(Protocol):
 
 
 Deliver = Callable[[list[Update]], None]
-MakeEngine = Callable[[EngineConfig, Deliver, Callable[[str], None]], Engine]
+MakeEngine = Callable[[EngineConfig, Deliver, Report], Engine]
 
 
 class Outbox:
@@ -122,12 +134,13 @@ def serve_ipc(
     make_engine: MakeEngine,
     *,
     outbox: Outbox | None = None,
-    on_front_lost: Callable[[], None] | None = None,
+    on_close: Callable[[Close | None], None] = lambda message: None,
 ) -> None:
     """Serves one front until it closes or dies; the engine loads on a thread of its own.
 
     `make_engine` is called with the options, `deliver` (takes one step's updates, never blocks)
-    and `report` (takes a line about loading).
+    and `report` (takes a line about loading). `on_close` is called before the engine is closed,
+    with None where the front is lost.
     """
     frames = sock.makefile("rb")
     outbox = outbox or Outbox(sock)
@@ -137,11 +150,17 @@ def serve_ipc(
     engines: list[Engine] = []
     loading = (start.config, make_engine, engines, outbox)
     threading.Thread(target=_load, args=loading, name="engine-load", daemon=True).start()
+    preparing = ThreadPoolExecutor(_NUM_PREPARING, thread_name_prefix="prepare")
     while (message := _read_frame(frames)) is not None and not isinstance(message, Close):
-        if engines:
+        if not engines:
+            continue
+        if isinstance(message, Prepare):
+            # Others' requests must not wait for a compiler.
+            preparing.submit(_prepare, message, engines[0], outbox)
+        else:
             _obey(message, engines[0], outbox)
-    if message is None and on_front_lost is not None:
-        on_front_lost()
+    preparing.shutdown(wait=False, cancel_futures=True)
+    on_close(message if isinstance(message, Close) else None)
     if engines:
         engines[0].close()
     outbox.close()
@@ -199,6 +218,8 @@ def _read_frame(frames: Any) -> ToEngine | None:
 
 def _obey(message: ToEngine, engine: Engine, outbox: Outbox) -> None:
     match message:
+        case SetVocabulary(vocabulary):
+            engine.set_vocabulary(vocabulary)
         case Submit(call, frames):
             outbox.put(_admit(call, frames, engine, outbox))
         case Abort(request_ids):
@@ -218,10 +239,26 @@ def _admit(call: int, frames: list[RequestFrame], engine: Engine, outbox: Outbox
             admitted.append(frame.request_id)
     except JaxserveError as error:
         engine.abort(admitted)
-        if isinstance(error, EngineStopped):
-            outbox.put(Died("EngineStopped", str(error)))
-        return Admitted(call, type(error).__name__, str(error), getattr(error, "param", None))
+        return _refused(call, error, outbox)
     return Admitted(call)
+
+
+def _prepare(message: Prepare, engine: Engine, outbox: Outbox) -> None:
+    try:
+        engine.prepare(message.grammar)
+    except JaxserveError as error:
+        outbox.put(_refused(message.call, error, outbox))
+    except Exception as error:  # a bug: whoever waits for the answer must not wait for ever
+        traceback.print_exception(error)
+        outbox.put(Admitted(message.call, "EngineStopped", f"{type(error).__name__}: {error}"))
+    else:
+        outbox.put(Admitted(message.call))
+
+
+def _refused(call: int, error: JaxserveError, outbox: Outbox) -> Admitted:
+    if isinstance(error, EngineStopped):
+        outbox.put(Died("EngineStopped", str(error)))
+    return Admitted(call, type(error).__name__, str(error), getattr(error, "param", None))
 
 
 def own_no_signals() -> None:
@@ -249,7 +286,7 @@ def main() -> None:
     os._exit(0)
 
 
-def _make_engine(config: EngineConfig, deliver: Deliver, report: Callable[[str], None]) -> Engine:
+def _make_engine(config: EngineConfig, deliver: Deliver, report: Report) -> Engine:
     from jaxserve.engine.client import EngineThread
 
     return EngineThread(config, deliver, report=report)
@@ -266,14 +303,21 @@ def _serve_member(sock: socket.socket, place: Place) -> None:
         # A step whose collectives wait for a lost process cannot be joined.
         os._exit(0 if reason is None else 1)
 
-    def make_engine(
-        config: EngineConfig, deliver: Deliver, report: Callable[[str], None]
-    ) -> Engine:
-        members.append(Member(place, config, report, on_end))
+    def make_engine(config: EngineConfig, deliver: Deliver, report: Report) -> Engine:
+        members.append(Member(place, config, report, on_end, on_heard=lambda: outbox.put(Joined())))
         return members[0].start(deliver)
 
-    # Without its front this process is lost to the others: no word, and they end, too.
-    serve_ipc(sock, make_engine, outbox=outbox, on_front_lost=lambda: os._exit(1))
+    def on_close(message: Close | None) -> None:
+        if message is None:
+            # Without its front this process is lost to the others: no word, and they end, too.
+            os._exit(1)
+        if message.reason is not None and members:
+            members[0].end(message.reason)
+            outbox.close()
+            # A step that the others no longer take part in cannot be joined.
+            os._exit(1)
+
+    serve_ipc(sock, make_engine, outbox=outbox, on_close=on_close)
     if members:
         members[0].end()
 

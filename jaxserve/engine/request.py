@@ -11,6 +11,7 @@ from typing import Literal, NamedTuple
 
 from jaxserve.engine.repetition import RepetitionDetection
 from jaxserve.errors import RequestError
+from jaxserve.structured_outputs import Grammar, StructuredOutputsParams
 
 # "repetition" is found by the text side, as stop strings are: to the engine it is an abort.
 FinishReason = Literal["stop", "length", "abort", "repetition"]
@@ -31,8 +32,9 @@ class SamplingParams:
     """How tokens are chosen and when to stop. Names and defaults are vLLM's.
 
     `top_k` 0 or -1 and `seed` None or -1 mean off, as vLLM's clients write them. A value out of
-    range raises `RequestError` with the field's name. Text-valued fields (`stop`, `bad_words`)
-    are resolved to tokens by the text side; the engine reads `bad_word_tokens` only.
+    range raises `RequestError` with the field's name. Text-valued fields (`stop`, `bad_words`,
+    `structured_outputs`) are resolved by the text side; the engine reads `bad_word_tokens` and
+    `grammar` only.
     """
 
     n: int = 1
@@ -58,6 +60,8 @@ class SamplingParams:
     allowed_token_ids: tuple[int, ...] | list[int] | None = None
     bad_words: tuple[str, ...] | list[str] | None = ()
     bad_word_tokens: tuple[tuple[int, ...], ...] = ()
+    structured_outputs: StructuredOutputsParams | None = None
+    grammar: Grammar | None = None
     detokenize: bool = True
     skip_special_tokens: bool = True
     spaces_between_special_tokens: bool = True
@@ -76,6 +80,7 @@ class SamplingParams:
             object.__setattr__(self, "allowed_token_ids", tuple(self.allowed_token_ids))
         _check_numbers(self)
         _check_lists(self)
+        _check_grammar(self)
 
     @property
     def is_greedy(self) -> bool:
@@ -192,6 +197,18 @@ def _check_lists(params: SamplingParams) -> None:
     _check_tokens(params)
 
 
+def _check_grammar(params: SamplingParams) -> None:
+    """Raises `RequestError` for what is no description of an answer, or for two of them."""
+    outputs = params.structured_outputs
+    if outputs is not None and not isinstance(outputs, StructuredOutputsParams):
+        raise RequestError(
+            f"structured_outputs is a {type(outputs).__name__}; it takes StructuredOutputsParams",
+            param="structured_outputs",
+        )
+    if outputs is not None and params.grammar is not None:
+        raise outputs.error("the answer is constrained already")
+
+
 def _check_tokens(params: SamplingParams) -> None:
     """Raises `RequestError` for tokens that leave no choice, or that the device cannot keep."""
     if params.allowed_token_ids is not None and not params.allowed_token_ids:
@@ -257,6 +274,7 @@ class Update:
     prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None  # once, when the prompt is done
     finish_reason: FinishReason | None = None
     stop_token: int | None = None  # the stop_token_ids entry that ended it; None for EOS
+    is_complete: bool = False  # its grammar allows no more: the last token is text, and no stop
     num_cached_tokens: int = 0  # prompt tokens whose pages were reused
     timeline: Timeline | None = None  # with the first token, the last, and after a preemption
     error: str | None = None  # the engine cannot finish it; the text says why

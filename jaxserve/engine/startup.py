@@ -18,9 +18,9 @@ import numpy as np
 from jaxserve.config import EngineConfig, compile_cache_path
 from jaxserve.engine.abstract import AbstractEngine, abstract_engine
 from jaxserve.engine.executables import ExecutableStore, private_directory
-from jaxserve.engine.info import EngineInfo
+from jaxserve.engine.info import EngineInfo, Report
 from jaxserve.engine.kv_scales import kv_scales_for, with_scales
-from jaxserve.engine.peers import Peers, difference
+from jaxserve.engine.peers import Peers, difference, differing
 from jaxserve.engine.runner import Publish, Runner, compile_programs
 from jaxserve.engine.settings import (
     device_line,
@@ -33,8 +33,6 @@ from jaxserve.errors import ConfigError
 from jaxserve.mesh import local_device, num_processes
 from jaxserve.models.checkpoint import open_checkpoint, resolve
 from jaxserve.models.loading import dummy_params, load_params, stored_formats
-
-Report = Callable[[str], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,7 +173,8 @@ def _agree(peers: Peers, engine: AbstractEngine) -> None:
     }
     facts_of_all = peers.exchange(facts)
     for process_id, theirs in enumerate(facts_of_all):
-        if (reason := difference(theirs, facts_of_all[0])) is not None:
+        if (name := differing(theirs, facts_of_all[0])) is not None:
+            reason = difference(name, theirs, facts_of_all[0])
             raise ConfigError(f"process {process_id} does not fit: {reason}")
 
 

@@ -169,6 +169,8 @@ class Snapshot(Collector):
             kv_cache_dtype=info.kv_cache_dtype,
             attention=info.attention,
             experts=info.experts,
+            mesh=info.mesh,
+            num_processes=str(info.num_processes),
             max_model_len=str(info.max_model_len),
             max_num_seqs=str(info.max_num_seqs),
             num_programs=str(info.num_programs),
