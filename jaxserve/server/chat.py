@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -15,7 +15,7 @@ from starlette.responses import Response
 from jaxserve.engine.request import Request, SamplingParams
 from jaxserve.errors import PromptTooLong
 from jaxserve.generation import Delta, PositionLogprobs, TokenText, build_requests
-from jaxserve.server.beams import beam_generation
+from jaxserve.server.beams import admit
 from jaxserve.server.body import read_body
 from jaxserve.server.chunks import ChunkWriter
 from jaxserve.server.events import JSON, EventStream, while_connected
@@ -33,7 +33,6 @@ from jaxserve.server.generate import (
     priority_of,
     prompt_logprobs_body,
     shown,
-    start,
     token_name,
 )
 from jaxserve.server.pacing import kept_alive
@@ -46,7 +45,7 @@ from jaxserve.server.protocol.chat import (
     TokenLogprob,
     TopLogprob,
 )
-from jaxserve.server.protocol.common import sampling_params
+from jaxserve.server.protocol.common import StreamOptions, sampling_params, stream_options
 from jaxserve.server.request_log import record_of
 from jaxserve.server.state import ServerState
 from jaxserve.server.templates import template_for
@@ -66,7 +65,8 @@ class Reply:
     role: str
     body: ChatRequest
     generation: Generation
-    stream_interval: int  # of streams whose request names none
+    stream_interval: int = 1
+    stream_options: StreamOptions = field(default_factory=StreamOptions)
     echoed: str = ""  # goes before each answer
     prompt_text: str | None = None  # where the client asked for it
 
@@ -103,12 +103,9 @@ async def create_chat_completion(http: HttpRequest) -> Response:
         echoed=_last_text(messages[-1], role) if body.echo else "",
         prompt_text=prompt_text if body.return_prompt_text else None,
         body=body,
-        generation=(
-            beam_generation(state, body, [requests])
-            if body.use_beam_search
-            else await start(state, [requests])
-        ),
-        stream_interval=state.config.stream_interval,
+        generation=await admit(state, body, [requests]),
+        stream_interval=body.stream_interval or state.config.stream_interval,
+        stream_options=stream_options(body, forces_usage=state.config.enable_force_include_usage),
     )
     record_of(http.scope).generation = reply.generation
     if body.stream:
@@ -261,14 +258,14 @@ def _top_logprob(entry: TokenText, as_ids: bool) -> TopLogprob:
 def _chunk_writer(reply: Reply) -> ChunkWriter:
     return ChunkWriter(
         reply.generation,
-        reply.body.stream_options,
+        reply.stream_options,
         reply_id=reply.id,
         created=reply.created,
         model=reply.model,
         kind="chat.completion.chunk",
         text_start=b',"delta":{"content":',
         text_end=b"}",
-        interval=reply.body.stream_interval or reply.stream_interval,
+        interval=reply.stream_interval,
     )
 
 

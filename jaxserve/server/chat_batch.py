@@ -90,7 +90,6 @@ async def create_chat_batch(http: HttpRequest) -> Response:
                 role=role_of(conversation, state),
                 body=conversation,
                 generation=generation,
-                stream_interval=1,
             ),
             [outcome],
         )
