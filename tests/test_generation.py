@@ -128,7 +128,6 @@ def test_max_tokens_is_cut_to_what_fits_next_to_the_prompt():
         ([1, "a"], {}, "prompt"),
         ("a" * 32, {}, "prompt"),
         ("a", {"max_tokens": 33}, "max_tokens"),
-        ("a", {"n": 2, "temperature": 0}, "n"),
         ("a", {"stop": "x", "detokenize": False}, "stop"),
         ("a", {"logprobs": 6}, "logprobs"),
         ("a", {"prompt_logprobs": 6}, "prompt_logprobs"),

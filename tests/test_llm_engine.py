@@ -5,9 +5,10 @@ import json
 import threading
 import time
 
+import numpy as np
 import pytest
 
-from jaxserve import LLM, SamplingParams, StructuredOutputsParams
+from jaxserve import LLM, BeamSearchParams, SamplingParams, StructuredOutputsParams
 from jaxserve.errors import RequestError
 from tests.checkpoints import write_llama_folder
 from tests.dense_llama import DenseLlama
@@ -19,6 +20,7 @@ OPTIONS = {
     "max_num_batched_tokens": 64,
     "max_model_len": 256,
     "block_size": 4,
+    "max_logprobs": -1,
 }
 
 
@@ -84,6 +86,53 @@ def test_samples_of_one_prompt_differ_and_chat_answers(llm):
     assert output.prompt_logprobs[0] is None
     chat = llm.chat([{"role": "user", "content": "hello"}], GREEDY, use_tqdm=False)[0]
     assert len(chat.outputs[0].token_ids) == 8
+
+
+def logprobs_after(reference: DenseLlama, tokens: list[int]) -> np.ndarray:
+    row = reference.logits(tokens)[-1]
+    return row - row.max() - np.log(np.exp(row - row.max()).sum())
+
+
+def test_all_logprobs_and_listed_ones_are_the_references(llm, folder):
+    expected = logprobs_after(DenseLlama(folder), [5, 6, 7])
+    params = [
+        SamplingParams(temperature=0, max_tokens=1, logprobs=-1),
+        # The bias bends the choice and not what is told.
+        SamplingParams(
+            max_tokens=1, logprobs=0, logprob_token_ids=[9, 3, 250], logit_bias={3: -5.0, 77: 100.0}
+        ),
+    ]
+    whole, listed = llm.generate([[5, 6, 7]] * 2, params, use_tqdm=False)
+    (told,) = whole.outputs[0].logprobs
+    assert len(told) == len(expected)
+    np.testing.assert_allclose(
+        [told[token].logprob for token in range(len(expected))], expected, atol=1e-4
+    )
+    (told,) = listed.outputs[0].logprobs
+    assert list(told) == [77, 9, 3, 250]
+    np.testing.assert_allclose(
+        [entry.logprob for entry in told.values()], expected[list(told)], atol=1e-4
+    )
+    assert [entry.rank is None for entry in told.values()] == [False, True, True, True]
+
+
+def test_beams_are_those_of_the_reference(llm, folder):
+    reference = DenseLlama(folder)
+    prompt, width = [5, 6, 7], 3
+    beams: list[tuple[float, list[int]]] = [(0.0, [])]
+    for _ in range(4):
+        longer = [
+            (total + value, [*tokens, token])
+            for total, tokens in beams
+            for token, value in enumerate(logprobs_after(reference, prompt + tokens))
+        ]
+        beams = sorted(longer, reverse=True)[:width]
+    params = BeamSearchParams(beam_width=width, max_tokens=4, ignore_eos=True)
+    (output,) = llm.beam_search({"prompt_token_ids": prompt}, params)
+    assert [beam.tokens for beam in output.sequences] == [prompt + tokens for _, tokens in beams]
+    for beam, (total, _) in zip(output.sequences, beams, strict=True):
+        assert beam.cum_logprob == pytest.approx(total, abs=1e-3)
+    assert is_idle(llm)
 
 
 def test_more_requests_than_slots_and_queue_all_finish(llm):

@@ -37,7 +37,7 @@ OPTIONS = (
     dataclasses.replace(GREEDY, prompt_logprobs=2, repetition_penalty=1.3),
     dataclasses.replace(GREEDY, frequency_penalty=0.7, presence_penalty=0.4),
     dataclasses.replace(SAMPLED, seed=1, top_p=0.9),
-    dataclasses.replace(SAMPLED, seed=2, top_k=40, logprobs=0),
+    dataclasses.replace(SAMPLED, seed=2, top_k=40, logprobs=0, logprob_token_ids=(3, 200, 9)),
     dataclasses.replace(SAMPLED, seed=3, top_k=100, top_p=0.97),  # more than the candidates
     dataclasses.replace(SAMPLED, seed=4, typical_p=0.6),
     dataclasses.replace(SAMPLED, seed=5, min_p=0.05, repetition_penalty=1.2),

@@ -17,8 +17,6 @@ UNSUPPORTED_IN_CHAT: dict[str, tuple[Any, ...]] = {
     "tool_choice": (None, "none", "auto"),
     "functions": (None, []),
     "function_call": (None, "none", "auto"),
-    "chat_template": (None,),
-    "echo": (None, False),
     "reasoning_effort": (None,),
     "include_reasoning": (None, True, False),
     "media_io_kwargs": (None, {}),
@@ -27,7 +25,6 @@ UNSUPPORTED_IN_CHAT: dict[str, tuple[Any, ...]] = {
     "audio": (None,),
     "prediction": (None,),
     "web_search_options": (None,),
-    "return_prompt_text": (None, False),
 }
 
 
@@ -46,8 +43,8 @@ class ChatRequest(GenerationFields, kw_only=True):
     tool_choice: Any = msgspec.UNSET
     functions: Any = msgspec.UNSET
     function_call: Any = msgspec.UNSET
-    chat_template: Any = msgspec.UNSET
-    echo: Any = msgspec.UNSET
+    chat_template: str | None = None
+    echo: bool | None = None
     reasoning_effort: Any = msgspec.UNSET
     include_reasoning: Any = msgspec.UNSET
     media_io_kwargs: Any = msgspec.UNSET
@@ -56,7 +53,7 @@ class ChatRequest(GenerationFields, kw_only=True):
     audio: Any = msgspec.UNSET
     prediction: Any = msgspec.UNSET
     web_search_options: Any = msgspec.UNSET
-    return_prompt_text: Any = msgspec.UNSET
+    return_prompt_text: bool | None = None
 
     def check(self) -> None:
         """Raises `RequestError` naming a field that is out of range or cannot be honoured."""
@@ -146,3 +143,4 @@ class ChatCompletion:
     system_fingerprint: str | None = None
     prompt_logprobs: list[dict[int, dict[str, Any]] | None] | None = None
     prompt_token_ids: list[int] | None = None
+    prompt_text: str | None = None
