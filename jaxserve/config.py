@@ -102,6 +102,12 @@ class ServerConfig:
     shutdown_timeout: float = option(
         30.0, "seconds running requests get to finish on SIGTERM", low=0.0
     )
+    max_stored_responses: int = option(
+        1024, "responses kept for /v1/responses/ID and previous_response_id; 0 keeps none", low=0
+    )
+    max_stored_response_bytes: int = option(
+        64 * 2**20, "memory for stored responses, e.g. `64MiB`; those used last are kept", low=1
+    )
     enable_prompt_tokens_details: bool = option(False, "report cached prompt tokens in usage")
     coordinator: str | Auto = option(
         "auto",

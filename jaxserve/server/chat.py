@@ -69,9 +69,9 @@ async def create_chat_completion(http: HttpRequest) -> Response:
     model = state.model_name_for(body.model)
     body.check()
     messages = body.conversation()
-    params = _params(body, state)
+    params = params_of(body, state)
     requests = await off_loop(
-        partial(_build, body, messages, params, engine_id(reply_id), arrival_s, state),
+        partial(build, body, messages, params, engine_id(reply_id), arrival_s, state),
         sum(_num_chars(message) for message in messages),
     )
     is_new_message = body.add_generation_prompt is not False
@@ -90,7 +90,8 @@ async def create_chat_completion(http: HttpRequest) -> Response:
     return JSON(_completion(reply, outcomes))
 
 
-def _params(body: ChatRequest, state: ServerState) -> SamplingParams:
+def params_of(body: ChatRequest, state: ServerState) -> SamplingParams:
+    """Returns the sampling parameters, over the model's defaults. Raises `RequestError`."""
     _, _, text = state.loaded()
     given: dict[str, Any] = {"max_tokens": text.defaults.get("max_tokens")}
     names = {"logprobs": "top_logprobs"}
@@ -105,7 +106,7 @@ def _params(body: ChatRequest, state: ServerState) -> SamplingParams:
         return sampling_params(body, text.defaults, prompt_logprobs=body.prompt_logprobs, **given)
 
 
-def _build(
+def build(
     body: ChatRequest,
     messages: Sequence[dict[str, Any]],
     params: SamplingParams,
@@ -166,7 +167,7 @@ def _completion(reply: _Reply, outcomes: Sequence[Outcome]) -> ChatCompletion:
             ChatChoice(
                 index=outcome.sample.index,
                 message=ChatMessage(role=reply.role, content=outcome.text),
-                logprobs=_logprobs(reply, outcome.logprobs),
+                logprobs=logprobs_of(body, outcome.logprobs),
                 finish_reason=outcome.last.finish_reason,
                 stop_reason=outcome.last.stop_reason,
                 token_ids=outcome.tokens if body.return_token_ids else None,
@@ -179,8 +180,8 @@ def _completion(reply: _Reply, outcomes: Sequence[Outcome]) -> ChatCompletion:
     )
 
 
-def _logprobs(reply: _Reply, positions: Sequence[PositionLogprobs]) -> ChatLogprobs | None:
-    body = reply.body
+def logprobs_of(body: ChatRequest, positions: Sequence[PositionLogprobs]) -> ChatLogprobs | None:
+    """Returns the log-probabilities as a reply has them; None unless the client asked for them."""
     if not body.logprobs:
         return None
     as_ids = bool(body.return_tokens_as_token_ids)
@@ -236,7 +237,7 @@ def _writer(reply: _Reply, chunks: ChunkWriter) -> Callable[[Sample, Delta], byt
         if not has_more and not body.return_token_ids:
             return first + chunks.plain(sample.index, delta.text) if delta.text else first
         fields: dict[str, Any] = {
-            "logprobs": _logprobs(reply, delta.logprobs or ()) if delta.logprobs else None,
+            "logprobs": logprobs_of(body, delta.logprobs) if delta.logprobs else None,
             "finish_reason": delta.finish_reason,
             "stop_reason": delta.stop_reason,
         }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import re
 import secrets
 import time
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
@@ -79,13 +80,18 @@ class Generation:
     @property
     def usage(self) -> Usage:
         """What has been computed so far; each prompt counts once, however many its samples."""
-        cached = PromptTokensDetails(cached_tokens=sum(self._num_cached))
+        cached = PromptTokensDetails(cached_tokens=self.num_cached_tokens)
         return Usage(
             prompt_tokens=self._num_prompt_tokens,
             completion_tokens=self._num_tokens,
             total_tokens=self._num_prompt_tokens + self._num_tokens,
             prompt_tokens_details=cached if self._has_details else None,
         )
+
+    @property
+    def num_cached_tokens(self) -> int:
+        """Prompt tokens that were not computed again."""
+        return sum(self._num_cached)
 
     async def deltas(self) -> AsyncGenerator[list[tuple[Sample, Delta]]]:
         """Yields what has come since the last time. Raises `EngineStopped` if the engine dies."""
@@ -209,11 +215,12 @@ def check_length(text: str, tokenizer: Tokenizer, limit: int, param: str) -> Non
 
 @contextlib.contextmanager
 def params_named(names: dict[str, str]) -> Iterator[None]:
-    """Lets a `RequestError` name the field as this endpoint spells it."""
+    """Lets a `RequestError` name the field as this endpoint spells it, or the field it is in."""
     try:
         yield
     except RequestError as error:
-        error.param = names.get(error.param or "", error.param)
+        param = error.param or ""
+        error.param = names.get(param) or names.get(re.split(r"[.\[]", param)[0], error.param)
         raise
 
 
