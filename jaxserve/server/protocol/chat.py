@@ -44,6 +44,7 @@ class ChatRequest(GenerationFields, kw_only=True):
     documents: list[dict[str, Any]] | None = None
     tools: Any = msgspec.UNSET
     tool_choice: Any = msgspec.UNSET
+    parallel_tool_calls: bool | None = None
     functions: Any = msgspec.UNSET
     function_call: Any = msgspec.UNSET
     chat_template: Any = msgspec.UNSET

@@ -1,0 +1,123 @@
+"""Talks to a running server as OpenAI's client does: /v1/responses, streamed and not, with a tool.
+
+scripts/clients/openai_responses.py [--url http://127.0.0.1:8000] [--tools] [--key KEY]
+
+`--tools` also makes the model call a function, which takes a model that was taught to. Prints the
+conversation; an answer that is not of the protocol's form raises.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import Any
+
+import openai
+
+ADD = {
+    "type": "function",
+    "name": "add",
+    "description": "Adds two integers.",
+    "parameters": {
+        "type": "object",
+        "properties": {"a": {"type": "integer"}, "b": {"type": "integer"}},
+        "required": ["a", "b"],
+    },
+    "strict": False,
+}
+SUM = "What is 1234 + 5678? Use the add tool."
+
+
+def main() -> None:
+    """Runs every conversation."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--url", default="http://127.0.0.1:8000")
+    parser.add_argument("--key", default="none")
+    parser.add_argument("--tools", action="store_true")
+    options = parser.parse_args()
+    with openai.OpenAI(base_url=f"{options.url}/v1", api_key=options.key, timeout=600) as client:
+        model = next(iter(client.models.list())).id
+        converse(client, model)
+        stream(client, model)
+        if options.tools:
+            call_a_tool(client, model, is_streamed=False)
+            call_a_tool(client, model, is_streamed=True)
+
+
+def converse(client: openai.OpenAI, model: str) -> None:
+    """Asks twice, the second time after what was stored of the first."""
+    first = client.responses.create(
+        model=model,
+        instructions="Answer in a few words.",
+        input="What is the capital of France?",
+        max_output_tokens=48,
+        temperature=0,
+        metadata={"topic": "geography"},
+    )
+    print(f"> {first.output_text!r} ({first.status}, {first.usage.total_tokens} tokens)")
+    assert client.responses.retrieve(first.id).output_text == first.output_text
+    second = client.responses.create(
+        model=model,
+        input="And of Spain?",
+        previous_response_id=first.id,
+        max_output_tokens=48,
+        temperature=0,
+    )
+    print(f"> {second.output_text!r} ({second.status})")
+    assert second.usage.input_tokens > first.usage.output_tokens
+    client.responses.delete(first.id)
+    try:
+        client.responses.retrieve(first.id)
+    except openai.NotFoundError as error:
+        print(f"> deleted: {error.message}")
+    else:
+        raise AssertionError("a deleted response is still there")
+
+
+def stream(client: openai.OpenAI, model: str) -> None:
+    """Streams, and compares with the same request unstreamed."""
+    asked: dict[str, Any] = {
+        "model": model,
+        "input": [{"role": "user", "content": "Count from one to ten in words."}],
+        "max_output_tokens": 64,
+        "temperature": 0,
+    }
+    whole = client.responses.create(**asked)
+    events = list(client.responses.create(**asked, stream=True))
+    kinds = [event.type for event in events]
+    assert kinds[:2] == ["response.created", "response.in_progress"], kinds
+    assert kinds[-1] == f"response.{whole.status}", kinds
+    assert [event.sequence_number for event in events] == list(range(len(events)))
+    said = "".join(event.delta for event in events if event.type == "response.output_text.delta")
+    print(f"> {said!r} ({len(events)} events)")
+    assert said == whole.output_text == events[-1].response.output_text
+
+
+def call_a_tool(client: openai.OpenAI, model: str, *, is_streamed: bool) -> None:
+    """Lets the model call a function, and gives it the result."""
+    items: list[Any] = [{"role": "user", "content": SUM}]
+    asked: dict[str, Any] = {"model": model, "tools": [ADD], "temperature": 0}
+    if is_streamed:
+        events = list(client.responses.create(input=items, **asked, stream=True))
+        response = events[-1].response
+        kind = "response.function_call_arguments.delta"
+        said = "".join(event.delta for event in events if event.type == kind)
+        assert said == "".join(i.arguments for i in response.output if i.type == "function_call")
+    else:
+        response = client.responses.create(input=items, **asked)
+    calls = [item for item in response.output if item.type == "function_call"]
+    assert calls, f"the model called nothing: {response.output_text!r}"
+    items += response.output
+    for call in calls:
+        print(f"> {call.name}({call.arguments})")
+        result = sum(json.loads(call.arguments).values())
+        items.append(
+            {"type": "function_call_output", "call_id": call.call_id, "output": str(result)}
+        )
+    answer = client.responses.create(input=items, **asked)
+    print(f"> {answer.output_text!r} ({answer.status})")
+    assert "6912" in answer.output_text.replace(",", "")
+
+
+if __name__ == "__main__":
+    main()
