@@ -37,12 +37,14 @@ from jaxserve.server.protocol.chat import (
     ChatChoice,
     ChatCompletion,
     ChatLogprobs,
-    ChatMessage,
     ChatRequest,
     TokenLogprob,
     TopLogprob,
 )
 from jaxserve.server.protocol.common import sampling_params
+from jaxserve.server.protocol.reasoning import template_variables
+from jaxserve.server.protocol.tools import ToolUse, delta_body, message_body
+from jaxserve.server.reading import Reading, reading_of, tool_use_of
 from jaxserve.server.state import ServerState
 from jaxserve.text.chat_template import encode_chat
 
@@ -59,6 +61,7 @@ class _Reply:
     role: str
     body: ChatRequest
     generation: Generation
+    reading: Reading
 
 
 async def create_chat_completion(http: HttpRequest) -> Response:
@@ -69,11 +72,14 @@ async def create_chat_completion(http: HttpRequest) -> Response:
     model = state.model_name_for(body.model)
     body.check()
     messages = body.conversation()
-    params = _params(body, state)
-    requests = await off_loop(
-        partial(_build, body, messages, params, engine_id(reply_id), arrival_s, state),
-        sum(_num_chars(message) for message in messages),
+    _, _, text = state.loaded()
+    use = tool_use_of(body, text)
+    params = _params(body, use, state)
+    requests, reading = await off_loop(
+        partial(_build, body, messages, use, params, engine_id(reply_id), arrival_s, state),
+        sum(_num_chars(message) for message in messages) + (0 if use is None else use.num_bytes),
     )
+    has_reasoning = text.format.reasoning is not None
     is_new_message = body.add_generation_prompt is not False
     reply = _Reply(
         id=reply_id,
@@ -81,7 +87,10 @@ async def create_chat_completion(http: HttpRequest) -> Response:
         model=model,
         role=state.config.response_role if is_new_message else messages[-1]["role"],
         body=body,
-        generation=await start(state, [requests]),
+        generation=await start(
+            state, [requests], num_reasoning=reading.num_reasoning if has_reasoning else None
+        ),
+        reading=reading,
     )
     if body.stream:
         chunks = _chunk_writer(reply)
@@ -90,9 +99,13 @@ async def create_chat_completion(http: HttpRequest) -> Response:
     return JSON(_completion(reply, outcomes))
 
 
-def _params(body: ChatRequest, state: ServerState) -> SamplingParams:
+def _params(body: ChatRequest, use: ToolUse | None, state: ServerState) -> SamplingParams:
     _, _, text = state.loaded()
-    given: dict[str, Any] = {"max_tokens": text.defaults.get("max_tokens")}
+    has_tools = use is not None and use.parsed is not None
+    given: dict[str, Any] = {
+        "max_tokens": text.defaults.get("max_tokens"),
+        "shown_special_tokens": text.format.marks_for(has_tools=has_tools),
+    }
     names = {"logprobs": "top_logprobs"}
     if body.max_completion_tokens is not None:
         given["max_tokens"] = body.max_completion_tokens
@@ -108,12 +121,13 @@ def _params(body: ChatRequest, state: ServerState) -> SamplingParams:
 def _build(
     body: ChatRequest,
     messages: Sequence[dict[str, Any]],
+    use: ToolUse | None,
     params: SamplingParams,
     request_id: str,
     arrival_s: float,
     state: ServerState,
-) -> list[Request]:
-    """Returns the requests of all samples."""
+) -> tuple[list[Request], Reading]:
+    """Returns the requests of all samples, and how their answers are read."""
     _, info, text = state.loaded()
     if text.chat_template is None:
         raise RequestError("the model has no chat template; see --chat-template", param="messages")
@@ -124,10 +138,13 @@ def _build(
         text.chat_template,
         text.tokenizer,
         messages,
+        tools=None if use is None else use.definitions,
         documents=body.documents,
         add_generation_prompt=body.add_generation_prompt is not False,
         continue_final_message=bool(body.continue_final_message),
-        variables=body.chat_template_kwargs,
+        variables=template_variables(
+            body.reasoning_effort, body.chat_template_kwargs, text.chat_template.source
+        ),
         add_special_tokens=bool(body.add_special_tokens),
     )
     tokens = prompt.tokens
@@ -136,7 +153,7 @@ def _build(
     is_completion = body.max_completion_tokens is not None
     names = {"logprobs": "top_logprobs", "prompt": "messages"}
     with params_named(names | ({"max_tokens": "max_completion_tokens"} if is_completion else {})):
-        return build_requests(
+        requests = build_requests(
             request_id,
             tokens,
             params,
@@ -146,6 +163,7 @@ def _build(
             cache_salt=body.cache_salt or "",
             arrival_s=arrival_s,
         )
+    return requests, reading_of(body, use, text, prompt.text, len(requests))
 
 
 def _num_chars(message: dict[str, Any]) -> int:
@@ -158,24 +176,29 @@ def _num_chars(message: dict[str, Any]) -> int:
 
 def _completion(reply: _Reply, outcomes: Sequence[Outcome]) -> ChatCompletion:
     body, first = reply.body, outcomes[0]
+    # Before the usage: it counts what has been read.
+    choices = [_choice(reply, outcome) for outcome in outcomes]
     return ChatCompletion(
         id=reply.id,
         created=reply.created,
         model=reply.model,
-        choices=[
-            ChatChoice(
-                index=outcome.sample.index,
-                message=ChatMessage(role=reply.role, content=outcome.text),
-                logprobs=_logprobs(reply, outcome.logprobs),
-                finish_reason=outcome.last.finish_reason,
-                stop_reason=outcome.last.stop_reason,
-                token_ids=outcome.tokens if body.return_token_ids else None,
-            )
-            for outcome in outcomes
-        ],
+        choices=choices,
         usage=reply.generation.usage,
         prompt_logprobs=prompt_logprobs_body(first.prompt_logprobs, body.prompt_logprobs),
         prompt_token_ids=list(first.sample.prompt_tokens) if body.return_token_ids else None,
+    )
+
+
+def _choice(reply: _Reply, outcome: Outcome) -> ChatChoice:
+    index = outcome.sample.index
+    said = reply.reading.read(index, outcome.text, outcome.offsets, final=True)
+    return ChatChoice(
+        index=index,
+        message=message_body(reply.role, said),
+        logprobs=_logprobs(reply, outcome.logprobs),
+        finish_reason=reply.reading.finish_reason(index, outcome.last.finish_reason),
+        stop_reason=outcome.last.stop_reason,
+        token_ids=outcome.tokens if reply.body.return_token_ids else None,
     )
 
 
@@ -233,15 +256,21 @@ def _writer(reply: _Reply, chunks: ChunkWriter) -> Callable[[Sample, Delta], byt
             sample.is_started = True
             first = write_role(sample)
         has_more = delta.finish_reason is not None or delta.logprobs is not None
-        if not has_more and not body.return_token_ids:
-            return first + chunks.plain(sample.index, delta.text) if delta.text else first
+        said = reply.reading.read(
+            sample.index, delta.text, delta.offsets, final=delta.finish_reason is not None
+        )
+        is_text = not said.calls and not said.reasoning
+        if is_text and not has_more and not body.return_token_ids:
+            return first + chunks.plain(sample.index, said.content) if said.content else first
         fields: dict[str, Any] = {
             "logprobs": _logprobs(reply, delta.logprobs or ()) if delta.logprobs else None,
-            "finish_reason": delta.finish_reason,
+            "finish_reason": reply.reading.finish_reason(sample.index, delta.finish_reason),
             "stop_reason": delta.stop_reason,
         }
         if body.return_token_ids:
             fields["token_ids"] = delta.tokens
-        return first + chunks.full(sample.index, delta.text, fields)
+        if is_text:
+            return first + chunks.full(sample.index, said.content, fields)
+        return first + chunks.without_text(sample.index, {"delta": delta_body(said)} | fields)
 
     return write
