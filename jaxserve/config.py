@@ -92,6 +92,33 @@ class ServerConfig:
     api_key: tuple[str, ...] = option((), "key that clients must bring (or JAXSERVE_API_KEY)")
     served_model_name: tuple[str, ...] = option((), "name clients use; the first is returned")
     chat_template: str = option("", "file or text of a chat template, over the model's own")
+    tool_call_parser: Literal[
+        "auto",
+        "none",
+        "hermes",
+        "qwen3_json",
+        "qwen3_xml",
+        "qwen3_coder",
+        "llama3_json",
+        "mistral",
+        "pythonic",
+        "gemma4",
+        "functiongemma",
+        "deepseek_v3",
+        "deepseek_v31",
+        "openai",
+    ] = option("auto", "how the model writes tool calls; `auto` asks its chat template")
+    reasoning_parser: Literal[
+        "auto",
+        "none",
+        "deepseek_r1",
+        "deepseek_v3",
+        "qwen3",
+        "glm45",
+        "granite",
+        "gemma4",
+        "openai_gptoss",
+    ] = option("auto", "how the model marks its thinking; `auto` asks its chat template")
     response_role: str = option("assistant", "role of generated messages")
     generation_config: Literal["auto", "jaxserve"] = option(
         "auto", "`auto` takes sampling defaults from the model"

@@ -56,6 +56,8 @@ class SamplingParams:
     detokenize: bool = True
     skip_special_tokens: bool = True
     spaces_between_special_tokens: bool = True
+    # Special tokens that are text although `skip_special_tokens` hides others: marks of calls.
+    shown_special_tokens: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         # The only writes to a frozen value: list-valued arguments become tuples before use.

@@ -5,46 +5,38 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import msgspec
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
-from jaxserve.engine.request import Request, SamplingParams
-from jaxserve.errors import PromptTooLong, RequestError
-from jaxserve.generation import Delta, PositionLogprobs, TokenText, build_requests
+from jaxserve.generation import Delta, PositionLogprobs, TokenText
 from jaxserve.server.body import read_body
 from jaxserve.server.chunks import ChunkWriter
+from jaxserve.server.conversation import converse
 from jaxserve.server.events import JSON, EventStream, while_connected
 from jaxserve.server.generate import (
     Generation,
     Outcome,
     Sample,
     arrival,
-    check_length,
     collect,
-    engine_id,
     finite,
-    off_loop,
-    params_named,
     prompt_logprobs_body,
-    start,
     token_name,
 )
 from jaxserve.server.protocol.chat import (
     ChatChoice,
     ChatCompletion,
     ChatLogprobs,
-    ChatMessage,
     ChatRequest,
     TokenLogprob,
     TopLogprob,
 )
-from jaxserve.server.protocol.common import sampling_params
+from jaxserve.server.protocol.tools import delta_body, message_body
+from jaxserve.server.reading import Reading
 from jaxserve.server.state import ServerState
-from jaxserve.text.chat_template import encode_chat
 
 _decoder = msgspec.json.Decoder(ChatRequest)
 
@@ -59,6 +51,7 @@ class _Reply:
     role: str
     body: ChatRequest
     generation: Generation
+    reading: Reading
 
 
 async def create_chat_completion(http: HttpRequest) -> Response:
@@ -67,21 +60,16 @@ async def create_chat_completion(http: HttpRequest) -> Response:
     body = await read_body(http, _decoder)
     reply_id, arrival_s = arrival(http, body, "chatcmpl-")
     model = state.model_name_for(body.model)
-    body.check()
-    messages = body.conversation()
-    params = params_of(body, state)
-    requests = await off_loop(
-        partial(build, body, messages, params, engine_id(reply_id), arrival_s, state),
-        sum(_num_chars(message) for message in messages),
-    )
+    conversation = await converse(body, state, reply_id=reply_id, arrival_s=arrival_s)
     is_new_message = body.add_generation_prompt is not False
     reply = _Reply(
         id=reply_id,
         created=int(time.time()),
         model=model,
-        role=state.config.response_role if is_new_message else messages[-1]["role"],
+        role=state.config.response_role if is_new_message else body.messages[-1]["role"],
         body=body,
-        generation=await start(state, [requests]),
+        generation=conversation.generation,
+        reading=conversation.reading,
     )
     if body.stream:
         chunks = _chunk_writer(reply)
@@ -90,93 +78,31 @@ async def create_chat_completion(http: HttpRequest) -> Response:
     return JSON(_completion(reply, outcomes))
 
 
-def params_of(body: ChatRequest, state: ServerState) -> SamplingParams:
-    """Returns the sampling parameters, over the model's defaults. Raises `RequestError`."""
-    _, _, text = state.loaded()
-    given: dict[str, Any] = {"max_tokens": text.defaults.get("max_tokens")}
-    names = {"logprobs": "top_logprobs"}
-    if body.max_completion_tokens is not None:
-        given["max_tokens"] = body.max_completion_tokens
-        names["max_tokens"] = "max_completion_tokens"
-    elif body.max_tokens is not None:
-        given["max_tokens"] = body.max_tokens
-    if body.logprobs:
-        given["logprobs"] = body.top_logprobs or 0
-    with params_named(names):
-        return sampling_params(body, text.defaults, prompt_logprobs=body.prompt_logprobs, **given)
-
-
-def build(
-    body: ChatRequest,
-    messages: Sequence[dict[str, Any]],
-    params: SamplingParams,
-    request_id: str,
-    arrival_s: float,
-    state: ServerState,
-) -> list[Request]:
-    """Returns the requests of all samples."""
-    _, info, text = state.loaded()
-    if text.chat_template is None:
-        raise RequestError("the model has no chat template; see --chat-template", param="messages")
-    for message in messages:
-        if isinstance(content := message.get("content"), str):
-            check_length(content, text.tokenizer, info.max_model_len, "messages")
-    prompt = encode_chat(
-        text.chat_template,
-        text.tokenizer,
-        messages,
-        documents=body.documents,
-        add_generation_prompt=body.add_generation_prompt is not False,
-        continue_final_message=bool(body.continue_final_message),
-        variables=body.chat_template_kwargs,
-        add_special_tokens=bool(body.add_special_tokens),
-    )
-    tokens = prompt.tokens
-    if len(tokens) >= info.max_model_len:
-        raise PromptTooLong(len(tokens), info.max_model_len, param="messages")
-    is_completion = body.max_completion_tokens is not None
-    names = {"logprobs": "top_logprobs", "prompt": "messages"}
-    with params_named(names | ({"max_tokens": "max_completion_tokens"} if is_completion else {})):
-        return build_requests(
-            request_id,
-            tokens,
-            params,
-            tokenizer=text.tokenizer,
-            info=info,
-            priority=body.priority or 0,
-            cache_salt=body.cache_salt or "",
-            arrival_s=arrival_s,
-        )
-
-
-def _num_chars(message: dict[str, Any]) -> int:
-    content = message.get("content")
-    if isinstance(content, str):
-        return len(content)
-    parts = content if isinstance(content, list) else ()
-    return sum(len(str(part.get("text"))) for part in parts if isinstance(part, dict))
-
-
 def _completion(reply: _Reply, outcomes: Sequence[Outcome]) -> ChatCompletion:
     body, first = reply.body, outcomes[0]
+    # Before the usage: it counts what has been read.
+    choices = [_choice(reply, outcome) for outcome in outcomes]
     return ChatCompletion(
         id=reply.id,
         created=reply.created,
         model=reply.model,
-        choices=[
-            ChatChoice(
-                index=outcome.sample.index,
-                message=ChatMessage(role=reply.role, content=outcome.text),
-                logprobs=logprobs_of(body, outcome.logprobs),
-                finish_reason=outcome.last.finish_reason,
-                stop_reason=outcome.last.stop_reason,
-                token_ids=outcome.tokens if body.return_token_ids else None,
-            )
-            for outcome in outcomes
-        ],
+        choices=choices,
         usage=reply.generation.usage,
         prompt_logprobs=prompt_logprobs_body(first.prompt_logprobs, body.prompt_logprobs),
         prompt_token_ids=list(first.sample.prompt_tokens) if body.return_token_ids else None,
+    )
+
+
+def _choice(reply: _Reply, outcome: Outcome) -> ChatChoice:
+    index = outcome.sample.index
+    said = reply.reading.read(index, outcome.text, outcome.offsets, final=True)
+    return ChatChoice(
+        index=index,
+        message=message_body(reply.role, said),
+        logprobs=logprobs_of(reply.body, outcome.logprobs),
+        finish_reason=reply.reading.finish_reason(index, outcome.last.finish_reason),
+        stop_reason=outcome.last.stop_reason,
+        token_ids=outcome.tokens if reply.body.return_token_ids else None,
     )
 
 
@@ -234,15 +160,21 @@ def _writer(reply: _Reply, chunks: ChunkWriter) -> Callable[[Sample, Delta], byt
             sample.is_started = True
             first = write_role(sample)
         has_more = delta.finish_reason is not None or delta.logprobs is not None
-        if not has_more and not body.return_token_ids:
-            return first + chunks.plain(sample.index, delta.text) if delta.text else first
+        said = reply.reading.read(
+            sample.index, delta.text, delta.offsets, final=delta.finish_reason is not None
+        )
+        is_text = not said.calls and not said.reasoning
+        if is_text and not has_more and not body.return_token_ids:
+            return first + chunks.plain(sample.index, said.content) if said.content else first
         fields: dict[str, Any] = {
             "logprobs": logprobs_of(body, delta.logprobs) if delta.logprobs else None,
-            "finish_reason": delta.finish_reason,
+            "finish_reason": reply.reading.finish_reason(sample.index, delta.finish_reason),
             "stop_reason": delta.stop_reason,
         }
         if body.return_token_ids:
             fields["token_ids"] = delta.tokens
-        return first + chunks.full(sample.index, delta.text, fields)
+        if is_text:
+            return first + chunks.full(sample.index, said.content, fields)
+        return first + chunks.without_text(sample.index, {"delta": delta_body(said)} | fields)
 
     return write

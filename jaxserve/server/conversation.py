@@ -1,6 +1,7 @@
-"""The chat pipeline for protocols that are not chat's: one conversation, one answer.
+"""The pipeline of every chat-like protocol: from a chat request to what the model says.
 
-A protocol translates its request into a `ChatRequest`, and writes its own events of what is said.
+Chat, Responses and Messages share it. A protocol translates its request into a `ChatRequest`,
+and writes its own replies and events from what is said.
 """
 
 from __future__ import annotations
@@ -12,30 +13,56 @@ from functools import partial
 from typing import Any
 
 from jaxserve.engine.request import Request, SamplingParams
-from jaxserve.errors import PromptTooLong
-from jaxserve.generation import Delta
-from jaxserve.server.chat import build, params_of
-from jaxserve.server.generate import Generation, engine_id, off_loop, start
+from jaxserve.errors import PromptTooLong, RequestError
+from jaxserve.generation import Delta, build_requests
+from jaxserve.server.cutting import build_cut
+from jaxserve.server.generate import (
+    Generation,
+    check_length,
+    engine_id,
+    off_loop,
+    params_named,
+    start,
+)
 from jaxserve.server.protocol.chat import ChatRequest
+from jaxserve.server.protocol.common import sampling_params
+from jaxserve.server.protocol.reasoning import template_variables
+from jaxserve.server.protocol.tools import ToolUse
+from jaxserve.server.reading import Reading, reading_of, tool_use_of
 from jaxserve.server.state import ServerState
+from jaxserve.text.chat_template import encode_chat
 from jaxserve.text.message import Said
 
-MIN_ROOM = 4  # a conversation that is cut leaves this part of the context for the answer
+ROOM_SHARE = 4  # one part in so many of the context is left for the answer to a cut conversation
 
 
 @dataclass(frozen=True, kw_only=True)
 class Conversation:
-    """A conversation whose answer is under way."""
+    """A conversation whose answers are under way."""
 
     generation: Generation
+    reading: Reading
     params: SamplingParams  # with the model's defaults filled in
 
     async def answer(self) -> AsyncGenerator[tuple[Said, Delta]]:
-        """Yields what is said, and the delta it came with. Raises `EngineStopped`."""
+        """Yields what the only sample says, and the delta that it came with.
+
+        Raises `EngineStopped` if the engine dies.
+        """
         async with contextlib.aclosing(self.generation.deltas()) as deltas:
             async for news in deltas:
-                for _, delta in news:
-                    yield Said(content=delta.text), delta
+                for sample, delta in news:
+                    is_last = delta.finish_reason is not None
+                    said = self.reading.read(sample.index, delta.text, delta.offsets, final=is_last)
+                    yield said, delta
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Prompt:
+    """What a conversation is made into."""
+
+    requests: list[Request]  # one for each sample
+    reading: Reading
 
 
 async def converse(
@@ -47,81 +74,124 @@ async def converse(
     cuts: bool = False,  # drop the oldest turns of a conversation that is too long
 ) -> Conversation:
     """Returns the conversation once the engine has admitted it. Raises `RequestError`."""
-    body.check()
-    messages = body.conversation()
-    params = params_of(body, state)
-    work = partial(_build_cut if cuts else build, body, messages, params)
-    requests = await off_loop(
-        partial(work, engine_id(reply_id), arrival_s, state), _num_chars(messages)
+    prompt, params = await _prepare(body, state, engine_id(reply_id), arrival_s, cuts=cuts)
+    _, _, text = state.loaded()
+    has_reasoning = text.format.reasoning is not None
+    generation = await start(
+        state,
+        [prompt.requests],
+        num_reasoning=prompt.reading.num_reasoning if has_reasoning else None,
     )
-    return Conversation(generation=await start(state, [requests]), params=params)
+    return Conversation(generation=generation, reading=prompt.reading, params=params)
 
 
 async def count_tokens(body: ChatRequest, state: ServerState) -> int:
     """Returns how many tokens the prompt of a conversation has. Raises `RequestError`."""
+    prompt, _ = await _prepare(body, state, "count", 0.0)
+    return len(prompt.requests[0].prompt_tokens)
+
+
+async def _prepare(
+    body: ChatRequest,
+    state: ServerState,
+    request_id: str,
+    arrival_s: float,
+    *,
+    cuts: bool = False,
+) -> tuple[_Prompt, SamplingParams]:
     body.check()
     messages = body.conversation()
-    params = params_of(body, state)
-    work = partial(build, body, messages, params, "count", 0.0, state)
-    (request,) = await off_loop(work, _num_chars(messages))
-    return len(request.prompt_tokens)
+    _, _, text = state.loaded()
+    use = tool_use_of(body, text)
+    params = params_of(body, use, state)
+    work = build = partial(_build, body, use, params, request_id, arrival_s, state)
+    if cuts:
+        work = partial(build_cut, build, fits=partial(_leaves_room, params, state))
+    num_chars = sum(_num_chars(message) for message in messages)
+    if use is not None:
+        num_chars += use.num_bytes
+    return await off_loop(partial(work, messages), num_chars), params
 
 
-def _num_chars(messages: Sequence[dict[str, Any]]) -> int:
-    return sum(len(message.get("content") or "") for message in messages)
+def _leaves_room(params: SamplingParams, state: ServerState, prompt: _Prompt) -> bool:
+    _, info, _ = state.loaded()
+    room = info.max_model_len // ROOM_SHARE
+    if params.max_tokens is not None:
+        room = min(room, params.max_tokens)
+    return len(prompt.requests[0].prompt_tokens) <= info.max_model_len - room
 
 
-def _build_cut(
+def params_of(body: ChatRequest, use: ToolUse | None, state: ServerState) -> SamplingParams:
+    """Returns the sampling parameters, over the model's defaults. Raises `RequestError`."""
+    _, _, text = state.loaded()
+    has_tools = use is not None and use.parsed is not None
+    given: dict[str, Any] = {
+        "max_tokens": text.defaults.get("max_tokens"),
+        "shown_special_tokens": text.format.marks_for(has_tools=has_tools),
+    }
+    names = {"logprobs": "top_logprobs"}
+    if body.max_completion_tokens is not None:
+        given["max_tokens"] = body.max_completion_tokens
+        names["max_tokens"] = "max_completion_tokens"
+    elif body.max_tokens is not None:
+        given["max_tokens"] = body.max_tokens
+    if body.logprobs:
+        given["logprobs"] = body.top_logprobs or 0
+    with params_named(names):
+        return sampling_params(body, text.defaults, prompt_logprobs=body.prompt_logprobs, **given)
+
+
+def _build(
     body: ChatRequest,
-    messages: Sequence[dict[str, Any]],
+    use: ToolUse | None,
     params: SamplingParams,
     request_id: str,
     arrival_s: float,
     state: ServerState,
-) -> list[Request]:
-    """Returns the requests of the longest end of the conversation that fits.
-
-    The instructions stay, and what is dropped are whole turns, from one of the user's messages to
-    the next. Raises `PromptTooLong` if the last turn alone does not fit.
-    """
-    _, info, _ = state.loaded()
-    try:
-        return build(body, messages, params, request_id, arrival_s, state)
-    except PromptTooLong:
-        room = min(params.max_tokens or info.max_model_len, info.max_model_len // MIN_ROOM)
-    head, starts = _turns(messages)
-
-    def attempt(start: int) -> list[Request] | PromptTooLong:
-        try:
-            part = [*messages[:head], *messages[start:]]
-            requests = build(body, part, params, request_id, arrival_s, state)
-        except PromptTooLong as error:
-            return error
-        num_tokens = len(requests[0].prompt_tokens)
-        if num_tokens <= info.max_model_len - room:
-            return requests
-        return PromptTooLong(num_tokens + room, info.max_model_len, param="messages")
-
-    # Fewer turns are never longer, so halving finds the first cut that fits.
-    best = attempt(starts[-1])
-    low, high = 0, len(starts) - 1
-    while low < high:
-        middle = (low + high) // 2
-        found = attempt(starts[middle])
-        if isinstance(found, PromptTooLong):
-            low = middle + 1
-        else:
-            best, high = found, middle
-    if isinstance(best, PromptTooLong):
-        raise best
-    return best
-
-
-def _turns(messages: Sequence[dict[str, Any]]) -> tuple[int, list[int]]:
-    """Returns how many messages instruct, and where the turns after them begin."""
-    roles = [message["role"] for message in messages]
-    head = next(
-        (index for index, role in enumerate(roles) if role not in ("system", "developer")), 0
+    messages: Sequence[dict[str, Any]],
+) -> _Prompt:
+    _, info, text = state.loaded()
+    if text.chat_template is None:
+        raise RequestError("the model has no chat template; see --chat-template", param="messages")
+    for message in messages:
+        if isinstance(content := message.get("content"), str):
+            check_length(content, text.tokenizer, info.max_model_len, "messages")
+    prompt = encode_chat(
+        text.chat_template,
+        text.tokenizer,
+        messages,
+        tools=None if use is None else use.definitions,
+        documents=body.documents,
+        add_generation_prompt=body.add_generation_prompt is not False,
+        continue_final_message=bool(body.continue_final_message),
+        variables=template_variables(
+            body.reasoning_effort, body.chat_template_kwargs, text.chat_template.source
+        ),
+        add_special_tokens=bool(body.add_special_tokens),
     )
-    starts = [index for index, role in enumerate(roles) if role == "user" and index >= head]
-    return head, starts or [head]
+    tokens = prompt.tokens
+    if len(tokens) >= info.max_model_len:
+        raise PromptTooLong(len(tokens), info.max_model_len, param="messages")
+    is_completion = body.max_completion_tokens is not None
+    names = {"logprobs": "top_logprobs", "prompt": "messages"}
+    with params_named(names | ({"max_tokens": "max_completion_tokens"} if is_completion else {})):
+        requests = build_requests(
+            request_id,
+            tokens,
+            params,
+            tokenizer=text.tokenizer,
+            info=info,
+            priority=body.priority or 0,
+            cache_salt=body.cache_salt or "",
+            arrival_s=arrival_s,
+        )
+    reading = reading_of(body, use, text, prompt.text, len(requests))
+    return _Prompt(requests=requests, reading=reading)
+
+
+def _num_chars(message: dict[str, Any]) -> int:
+    content = message.get("content")
+    if isinstance(content, str):
+        return len(content)
+    parts = content if isinstance(content, list) else ()
+    return sum(len(str(part.get("text"))) for part in parts if isinstance(part, dict))

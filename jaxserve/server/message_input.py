@@ -76,7 +76,8 @@ def _template_variables(
     """Returns what the template is told; "adaptive" leaves the choice to it."""
     if thinking is None or thinking.type == "adaptive":
         return given or {}
-    return {"enable_thinking": thinking.type == "enabled", **(given or {})}
+    is_on = thinking.type == "enabled"
+    return {"enable_thinking": is_on, "thinking": is_on, **(given or {})}
 
 
 def _tool_fields(tools: Sequence[MessageTool], choice: MessageToolChoice | None) -> dict[str, Any]:

@@ -88,7 +88,9 @@ def usage_of(conversation: Conversation) -> MessageUsage:
         input_tokens=usage.prompt_tokens - num_cached,
         cache_read_input_tokens=num_cached,
         output_tokens=usage.completion_tokens,
-        output_tokens_details=OutputTokensDetails(thinking_tokens=0),
+        output_tokens_details=OutputTokensDetails(
+            thinking_tokens=conversation.reading.num_reasoning()
+        ),
     )
 
 

@@ -97,7 +97,9 @@ class _Reply:
             input_tokens=usage.prompt_tokens,
             input_tokens_details=InputDetails(cached_tokens=generation.num_cached_tokens),
             output_tokens=usage.completion_tokens,
-            output_tokens_details=OutputDetails(reasoning_tokens=0),
+            output_tokens_details=OutputDetails(
+                reasoning_tokens=self.conversation.reading.num_reasoning()
+            ),
             total_tokens=usage.total_tokens,
         )
 

@@ -22,6 +22,7 @@ ADD = {
         "required": ["a", "b"],
     },
 }
+GREEDY = {"temperature": 0}  # newer clients have no argument for it
 SUM = "What is 1234 + 5678? Use the add tool."
 
 
@@ -57,7 +58,7 @@ def converse(client: anthropic.Anthropic) -> None:
         "messages": [{"role": "user", "content": "What is the capital of France?"}],
     }
     counted = client.messages.count_tokens(**asked).input_tokens
-    message = client.messages.create(**asked, max_tokens=48, temperature=0)
+    message = client.messages.create(**asked, max_tokens=48, extra_body=GREEDY)
     print(f"> {text_of(message)!r} ({message.stop_reason}, {counted} tokens asked)")
     usage = message.usage
     assert usage.input_tokens + (usage.cache_read_input_tokens or 0) == counted
@@ -65,7 +66,7 @@ def converse(client: anthropic.Anthropic) -> None:
         {"role": "assistant", "content": message.content},
         {"role": "user", "content": "And of Spain?"},
     ]
-    message = client.messages.create(**asked, max_tokens=48, temperature=0)
+    message = client.messages.create(**asked, max_tokens=48, extra_body=GREEDY)
     print(f"> {text_of(message)!r} ({message.stop_reason})")
 
 
@@ -75,7 +76,7 @@ def stream(client: anthropic.Anthropic) -> None:
         "model": "",
         "messages": [{"role": "user", "content": "Count from one to ten in words."}],
         "max_tokens": 64,
-        "temperature": 0,
+        "extra_body": GREEDY,
         "stop_sequences": ["ten", "Ten", "10"],
     }
     whole = client.messages.create(**asked)
@@ -103,7 +104,7 @@ def refuse(client: anthropic.Anthropic) -> None:
 def use_a_tool(client: anthropic.Anthropic, *, is_streamed: bool) -> None:
     """Lets the model use a tool, and gives it the result."""
     messages: list[Any] = [{"role": "user", "content": SUM}]
-    asked: dict[str, Any] = {"model": "", "tools": [ADD], "temperature": 0, "max_tokens": 256}
+    asked: dict[str, Any] = {"model": "", "tools": [ADD], "max_tokens": 256, "extra_body": GREEDY}
     if is_streamed:
         with client.messages.stream(messages=messages, **asked) as events:
             message = events.get_final_message()

@@ -26,9 +26,12 @@ def test_fields_get_chats_names():
 
 def test_thinking_is_told_to_the_template():
     enabled = {"type": "enabled", "budget_tokens": 2000}
-    assert chat_of(thinking=enabled).chat_template_kwargs == {"enable_thinking": True}
+    assert chat_of(thinking=enabled).chat_template_kwargs == {
+        "enable_thinking": True,
+        "thinking": True,
+    }
     disabled = chat_of(thinking={"type": "disabled"}, chat_template_kwargs={"x": 1})
-    assert disabled.chat_template_kwargs == {"enable_thinking": False, "x": 1}
+    assert disabled.chat_template_kwargs == {"enable_thinking": False, "thinking": False, "x": 1}
     adaptive = chat_of(thinking={"type": "adaptive", "display": "omitted"})
     assert adaptive.chat_template_kwargs is None
     assert adaptive.include_reasoning is False

@@ -218,6 +218,13 @@ class PromptTokensDetails:
 
 
 @dataclass(frozen=True, kw_only=True)
+class CompletionTokensDetails:
+    """What the generated tokens were for."""
+
+    reasoning_tokens: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class Usage:
     """What a reply has cost, in tokens."""
 
@@ -225,3 +232,4 @@ class Usage:
     total_tokens: int
     completion_tokens: int
     prompt_tokens_details: PromptTokensDetails | None = None
+    completion_tokens_details: CompletionTokensDetails | None = None

@@ -8,6 +8,7 @@ from typing import Any
 import msgspec
 
 from jaxserve.errors import RequestError
+from jaxserve.server.protocol.reasoning import Effort
 
 MIN_THINKING_TOKENS = 1024
 
@@ -77,7 +78,7 @@ class ThinkingOptions(msgspec.Struct, kw_only=True):
 class OutputOptions(msgspec.Struct, kw_only=True):
     """What the answer looks like."""
 
-    effort: str | None = None
+    effort: Effort | None = None
     format: dict[str, Any] | None = None
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import msgspec
 
 from jaxserve.errors import RequestError
+from jaxserve.server.protocol.reasoning import Effort
 
 MAX_INPUT_ITEMS = 4096
 MAX_METADATA = 16
@@ -81,7 +82,7 @@ class ToolChoice(msgspec.Struct, kw_only=True):
 class ReasoningOptions(msgspec.Struct, kw_only=True):
     """How the model thinks."""
 
-    effort: str | None = None
+    effort: Effort | None = None
     summary: str | None = None
     generate_summary: str | None = None
     context: str | None = None

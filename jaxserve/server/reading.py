@@ -1,0 +1,81 @@
+"""How a chat request's answers are read: its tools checked against the model, a reader for each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from jaxserve.errors import RequestError
+from jaxserve.server.model_text import ModelText
+from jaxserve.server.protocol.chat import ChatRequest
+from jaxserve.server.protocol.tools import ToolUse, reason_of, tool_use
+from jaxserve.text.message import MessageReader, Said
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reading:
+    """The readers of one reply's samples; None where all text is content."""
+
+    use: ToolUse | None
+    readers: Sequence[MessageReader | None]
+
+    def read(self, index: int, text: str, offsets: Sequence[int], *, final: bool) -> Said:
+        """Returns what a text of sample `index` says."""
+        reader = self.readers[index]
+        return Said(content=text) if reader is None else reader.push(text, offsets, final=final)
+
+    def finish_reason(self, index: int, engine_reason: str | None) -> str | None:
+        """Returns why sample `index` has ended, as clients see it."""
+        reader = self.readers[index]
+        return reason_of(engine_reason, reader.num_calls if reader else 0, self.use)
+
+    def num_reasoning(self) -> int:
+        """Returns the reasoning tokens of all samples so far."""
+        return sum(reader.num_reasoning_tokens for reader in self.readers if reader)
+
+
+def tool_use_of(body: ChatRequest, text: ModelText) -> ToolUse | None:
+    """Returns the request's tools. Raises `RequestError` if the model cannot use them."""
+    use = tool_use(body.tools, body.tool_choice, body.parallel_tool_calls)
+    if use is None or use.choice == "none":
+        return use
+    if text.chat_template is not None and "tools" not in text.chat_template.source:
+        raise RequestError(
+            "the model's chat template takes no tools; see --chat-template", param="tools"
+        )
+    if text.format.tools is None:
+        raise RequestError(
+            "nothing is known of how this model writes tool calls; see --tool-call-parser",
+            param="tools",
+        )
+    return use
+
+
+def reading_of(
+    body: ChatRequest,
+    use: ToolUse | None,
+    text: ModelText,
+    prompt: str,  # as rendered
+    num_samples: int,
+) -> Reading:
+    """Returns how the answers to a request are read."""
+    prefill = _text_of(body.messages[-1]) if body.continue_final_message else None
+    readers = [
+        text.format.reader(
+            prompt,
+            None if use is None else use.parsed,
+            prefill=prefill,
+            max_calls=None if use is None else use.max_calls,
+            has_reasoning=body.include_reasoning is not False,
+        )
+        for _ in range(num_samples)
+    ]
+    return Reading(use=use, readers=readers)
+
+
+def _text_of(message: dict[str, Any]) -> str:
+    content = message.get("content")
+    if isinstance(content, list):
+        return "".join(str(part.get("text", "")) for part in content if isinstance(part, dict))
+    return str(content or "")
