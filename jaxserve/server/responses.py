@@ -17,6 +17,7 @@ from jaxserve.errors import EngineStopped, RequestError
 from jaxserve.generation import Delta
 from jaxserve.server.body import read_body
 from jaxserve.server.chat import logprobs_of
+from jaxserve.server.content_logprobs import ContentLogprobs
 from jaxserve.server.conversation import Conversation, converse
 from jaxserve.server.events import JSON, EventStream, error_body, named_events, while_connected
 from jaxserve.server.generate import arrival, params_named
@@ -55,6 +56,7 @@ class _Reply:
     conversation: Conversation
     writer: ResponseWriter
     store: ResponseStore
+    logprobs: ContentLogprobs
 
     async def events(self) -> AsyncGenerator[list[Event]]:
         """Yields the events of the answer; at the last the response is complete and stored."""
@@ -87,7 +89,9 @@ class _Reply:
         return self.writer.response
 
     def _logprobs(self, delta: Delta) -> list[TokenLogprob]:
-        logprobs = logprobs_of(self.chat, delta.logprobs or ())
+        if delta.logprobs is None:
+            return []
+        logprobs = logprobs_of(self.chat, self.logprobs.push(delta.logprobs))
         return logprobs.content if logprobs is not None else []
 
     def _usage(self) -> ResponseUsage:
@@ -145,6 +149,7 @@ async def create_response(http: HttpRequest) -> HttpResponse:
         conversation=conversation,
         writer=ResponseWriter(response, packs_reasoning=INCLUDE_REASONING in (body.include or ())),
         store=store,
+        logprobs=ContentLogprobs(conversation.reading.readers[0]),
     )
     if body.stream:
         return EventStream(reply.frames(), conversation.generation.updates)

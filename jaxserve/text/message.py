@@ -6,7 +6,7 @@ Host only: imports no jax.
 
 from __future__ import annotations
 
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -55,6 +55,7 @@ class MessageReader:
         self._reasoning = _Reasoning()
         self._offsets: list[int] = []  # where each token starts
         self._spans: list[tuple[int, int]] = []  # the characters of the reasoning
+        self._content_spans: list[tuple[int, int]] = []
 
     def push(self, text: str, offsets: Sequence[int] = (), *, final: bool = False) -> Said:
         """Returns what `text` makes certain; with `final`, all that was held back.
@@ -72,9 +73,10 @@ class MessageReader:
                     assert not final, "a parser waits for text that will not come"
                     break
                 case Content(text):
+                    self._note(self._content_spans, len(text))
                     content.append(self._content.push(text))
                 case Reasoning(text):
-                    self._note_reasoning(len(text))
+                    self._note(self._spans, len(text))
                     reasoning.append(self._reasoning.push(text))
                     self._content.follow()
                 case _:
@@ -96,12 +98,22 @@ class MessageReader:
             bisect_left(starts, end) - bisect_left(starts, start) for start, end in self._spans
         )
 
-    def _note_reasoning(self, size: int) -> None:
+    @property
+    def num_read(self) -> int:
+        """Characters of the text whose meaning is certain."""
+        return self._source.num_read
+
+    def is_content(self, offset: int) -> bool:
+        """True if the character at `offset`, which has been read, is content."""
+        index = bisect_right(self._content_spans, offset, key=lambda span: span[0]) - 1
+        return index >= 0 and offset < self._content_spans[index][1]
+
+    def _note(self, spans: list[tuple[int, int]], size: int) -> None:
         end = self._source.num_read
         start = end - size
-        if self._spans and self._spans[-1][1] == start:
-            start, _ = self._spans.pop()
-        self._spans.append((start, end))
+        if spans and spans[-1][1] == start:
+            start, _ = spans.pop()
+        spans.append((start, end))
 
     def _add_call(self, piece: CallStart | Arguments, calls: dict[int, CallDelta]) -> None:
         if self._max_calls is not None and piece.number >= self._max_calls:
