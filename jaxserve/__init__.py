@@ -12,16 +12,26 @@ if TYPE_CHECKING:
     from jaxserve.engine.request import SamplingParams
     from jaxserve.llm import LLM, generate
     from jaxserve.outputs import CompletionOutput, RequestOutput
+    from jaxserve.structured_outputs import StructuredOutputsParams
 
 __version__ = "0.1.0"
 
-__all__ = ["LLM", "CompletionOutput", "RequestOutput", "SamplingParams", "__version__", "generate"]
+__all__ = [
+    "LLM",
+    "CompletionOutput",
+    "RequestOutput",
+    "SamplingParams",
+    "StructuredOutputsParams",
+    "__version__",
+    "generate",
+]
 
 _HOMES = {
     "LLM": "jaxserve.llm",
     "generate": "jaxserve.llm",
     "SamplingParams": "jaxserve.engine.request",
     "RequestOutput": "jaxserve.outputs",
+    "StructuredOutputsParams": "jaxserve.structured_outputs",
     "CompletionOutput": "jaxserve.outputs",
 }
 

@@ -23,6 +23,7 @@ from jaxserve.engine.request import (
 )
 from jaxserve.errors import EngineStopped, PromptTooLong, RequestError
 from jaxserve.text.detokenizer import TextDelta, TextStream
+from jaxserve.text.grammar import grammar_for
 from jaxserve.text.tokenizer import Tokenizer
 
 _SEEDS = 2**63
@@ -117,7 +118,7 @@ def build_requests(
 def _resolve(
     params: SamplingParams, num_prompt: int, tokenizer: Tokenizer, info: EngineInfo
 ) -> SamplingParams:
-    """Returns `params` as the engine needs them: bad words as tokens, a length that fits."""
+    """Returns `params` as the engine needs them: text as tokens or grammar, a length that fits."""
     if params.n > 1 and params.is_greedy:
         raise RequestError(
             f"n is {params.n}; it must be 1 when temperature is 0: all samples would be equal",
@@ -132,11 +133,14 @@ def _resolve(
         )
     room = info.max_model_len - num_prompt
     max_tokens = room if params.max_tokens is None else min(params.max_tokens, room)
+    outputs = params.structured_outputs
     params = dataclasses.replace(
         params,
         max_tokens=max_tokens,
         min_tokens=min(params.min_tokens, max_tokens),
         bad_word_tokens=params.bad_word_tokens + _bad_word_tokens(params, tokenizer),
+        structured_outputs=None,
+        grammar=params.grammar if outputs is None else grammar_for(outputs, tokenizer),
     )
     params.check_vocabulary(info.vocab_size, info.max_logprobs)
     return params
@@ -231,7 +235,8 @@ class Assembler:
             self.is_finished = True
             raise EngineStopped(update.error)
         shown = update.tokens
-        if update.finish_reason == "stop" and not self._show_stop_token:
+        ends_with_stop = update.finish_reason == "stop" and not update.is_complete
+        if ends_with_stop and not self._show_stop_token:
             shown = shown[:-1]  # the EOS or stop token: part of the tokens, not of the text
         text = self._text_of(shown, update.finish_reason is not None)
         tokens = update.tokens if text.stop is None else update.tokens[: text.num_tokens]

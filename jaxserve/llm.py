@@ -21,6 +21,7 @@ from jaxserve.offline import Answer, Mailbox, Sample, run
 from jaxserve.outputs import RequestOutput
 from jaxserve.server.model_text import ModelText, find_model, load_text
 from jaxserve.text.chat_template import ChatTemplate, encode_chat
+from jaxserve.text.grammar import vocabulary_of
 from jaxserve.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -44,6 +45,7 @@ class LLM:
         mailbox = Mailbox()
         self._mailbox = mailbox
         self._client = _start_engine(self.config, mailbox.deliver)
+        self._has_vocabulary = False
         self._close = weakref.finalize(self, self._client.close)
         self._request_ids = map(str, itertools.count())
         # Not for secrets: a fixed sequence is what `seed` promises.
@@ -161,6 +163,7 @@ class LLM:
             self._answer(*prompt, params=params[index], priority=priorities[index])
             for index, prompt in enumerate(prompts)
         ]
+        self._prepare(answers)
         with _Progress(len(answers), is_shown=use_tqdm) as progress:
             return run(
                 self._client,
@@ -169,6 +172,19 @@ class LLM:
                 is_by_priority=self.config.scheduling_policy == "priority",
                 on_output=progress.advance,
             )
+
+    def _prepare(self, answers: Sequence[Answer]) -> None:
+        """Compiles the grammars of the answers; `RequestError` for one that cannot be."""
+        samples = [sample for answer in answers for sample in answer.samples]
+        grammars = dict.fromkeys(sample.request.params.grammar for sample in samples)
+        for grammar in grammars:
+            if grammar is None:
+                continue
+            # Not at the start: it takes a moment, and few need it.
+            if not self._has_vocabulary and (vocabulary := vocabulary_of(self._text.tokenizer)):
+                self._client.set_vocabulary(vocabulary)
+                self._has_vocabulary = True
+            self._client.prepare(grammar)
 
     def _answer(
         self,

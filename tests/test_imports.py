@@ -18,6 +18,7 @@ LAYERS = (
     ("jaxserve.batch",),
     ("jaxserve.ops",),
     ("jaxserve.models",),
+    ("jaxserve.structured_outputs",),
     ("jaxserve.engine", "jaxserve.text"),
     ("jaxserve.outputs",),
     ("jaxserve.generation",),
@@ -49,6 +50,7 @@ HOST_MODULES = (
     "jaxserve.generation",
     "jaxserve.offline",
     "jaxserve.llm",
+    "jaxserve.structured_outputs",
     "jaxserve.text",
     "jaxserve.server",
     "jaxserve.models.checkpoint",
@@ -61,6 +63,7 @@ HOST_MODULES = (
     "jaxserve.engine.ipc",
     "jaxserve.engine.cluster",
     "jaxserve.engine.follower",
+    "jaxserve.engine.grammar",
     "jaxserve.engine.leader",
     "jaxserve.engine.member",
 )

@@ -15,10 +15,12 @@ from typing import TYPE_CHECKING, Protocol
 from jaxserve.config import EngineConfig
 from jaxserve.engine.info import EngineInfo, EngineStats
 from jaxserve.engine.request import Request, Update
-from jaxserve.errors import EngineStopped, JaxserveError, QueueFull
+from jaxserve.errors import EngineStopped, JaxserveError, QueueFull, RequestError
+from jaxserve.structured_outputs import Grammar, Vocabulary
 
 if TYPE_CHECKING:
     from jaxserve.engine.core import EngineCore
+    from jaxserve.engine.grammar import GrammarCompiler, Matcher
     from jaxserve.engine.leader import Leader
 
 Deliver = Callable[[list[Update]], None]
@@ -29,8 +31,21 @@ class EngineClient(Protocol):
 
     info: EngineInfo
 
+    def set_vocabulary(self, vocabulary: Vocabulary) -> None:
+        """Tells what tokens are made of, which grammars need. Any thread may call it."""
+
+    def prepare(self, grammar: Grammar) -> None:
+        """Compiles a grammar, or finds it compiled, for requests that follow.
+
+        Blocks for seconds at most. Raises RequestError with the compiler's reason. Any thread
+        may call it.
+        """
+
     def submit(self, request: Request) -> None:
-        """Queues a request. Raises QueueFull or EngineStopped. Any thread may call it."""
+        """Queues a request. Raises QueueFull or EngineStopped. Any thread may call it.
+
+        One with a grammar that was not prepared is prepared first.
+        """
 
     def abort(self, request_ids: Sequence[str]) -> None:
         """Ends requests; unknown ids are ignored. Any thread may call it."""
@@ -45,6 +60,12 @@ class EngineClient(Protocol):
 @dataclass(frozen=True)
 class _Abort:
     request_ids: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _Add:
+    request: Request
+    matcher: Matcher | None  # of its grammar
 
 
 class _Close:
@@ -69,7 +90,9 @@ class EngineThread:
     ) -> None:
         """Loads and compiles; returns when ready. Raises what loading raises."""
         self._deliver = deliver
-        self._inbox: queue.SimpleQueue[Request | _Abort | _Close] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[_Add | _Abort | _Close] = queue.SimpleQueue()
+        self._compiler: GrammarCompiler | None = None
+        self._vocab_size = 0  # of the masks
         # Guards what submitters and the engine thread both read and write.
         self._lock = threading.Lock()
         self._is_closed = False
@@ -96,15 +119,30 @@ class EngineThread:
             raise answer
         self.info = answer
 
+    def set_vocabulary(self, vocabulary: Vocabulary) -> None:
+        """Tells what tokens are made of, which grammars need."""
+        from jaxserve.engine.grammar import GrammarCompiler
+
+        if self.info.eos_tokens:
+            self._compiler = GrammarCompiler(
+                vocabulary, vocab_size=self._vocab_size, eos_tokens=self.info.eos_tokens
+            )
+
+    def prepare(self, grammar: Grammar) -> None:
+        """Compiles a grammar, or finds it compiled. Raises `RequestError`."""
+        self._matcher_for(grammar)
+
     def submit(self, request: Request) -> None:
         """Queues a request; its updates, or one with an error, will be delivered."""
+        grammar = request.params.grammar
+        matcher = None if grammar is None else self._matcher_for(grammar)
         with self._lock:
             if self._is_closed:
                 raise EngineStopped("the engine has stopped") from self.error
             if self._room <= 0:
                 raise QueueFull(f"{self._max_waiting} requests wait already, which is the limit")
             self._room -= 1
-            self._inbox.put(request)
+            self._inbox.put(_Add(request, matcher))
 
     def abort(self, request_ids: Sequence[str]) -> None:
         """Ends requests: an update says so, and their pages are free for the next step."""
@@ -121,6 +159,17 @@ class EngineThread:
             self._inbox.put(_Close())
         if threading.current_thread() is not self._thread:
             self._thread.join()
+        if self._compiler is not None:
+            self._compiler.close()
+
+    def _matcher_for(self, grammar: Grammar) -> Matcher:
+        if self._compiler is None:
+            raise RequestError(
+                f"{grammar.param} cannot be honoured: the model has no token that ends an answer, "
+                "or its vocabulary is not known",
+                param=grammar.param,
+            )
+        return self._compiler.matcher_for(grammar)
 
     def _run(
         self,
@@ -139,6 +188,7 @@ class EngineThread:
             started.put(error)
             return
         self._max_waiting = core.max_waiting
+        self._vocab_size = core.vocab_size
         self._count_room(core)
         self._stats = core.stats()
         started.put(core.info)
@@ -168,20 +218,21 @@ class EngineThread:
         with self._lock:
             self._room = core.num_free - self._inbox.qsize()
 
-    def _messages(self, *, wait: bool) -> list[Request | _Abort | _Close]:
+    def _messages(self, *, wait: bool) -> list[_Add | _Abort | _Close]:
         messages = [self._inbox.get()] if wait else []
         with contextlib.suppress(queue.Empty):
             while True:
                 messages.append(self._inbox.get_nowait())
         return messages
 
-    def _handle(self, core: EngineCore, message: Request | _Abort | _Close) -> None:
-        if isinstance(message, Request):
-            self._live.add(message.request_id)
+    def _handle(self, core: EngineCore, message: _Add | _Abort | _Close) -> None:
+        if isinstance(message, _Add):
+            request_id = message.request.request_id
+            self._live.add(request_id)
             try:
-                core.add(message)
+                core.add(message.request, message.matcher)
             except JaxserveError as error:
-                self._send([Update(request_id=message.request_id, error=str(error))])
+                self._send([Update(request_id=request_id, error=str(error))])
         elif isinstance(message, _Abort):
             core.abort(message.request_ids)
             aborted = [name for name in message.request_ids if name in self._live]
@@ -200,8 +251,8 @@ class EngineThread:
         with self._lock:
             self._is_closed = True  # from here on nothing enters the inbox
         for message in self._messages(wait=False):
-            if isinstance(message, Request):
-                self._live.add(message.request_id)
+            if isinstance(message, _Add):
+                self._live.add(message.request.request_id)
         reason = "closed" if self.error is None else f"{type(self.error).__name__}: {self.error}"
         text = f"the engine has stopped: {reason}"
         updates = [Update(request_id=request_id, error=text) for request_id in sorted(self._live)]

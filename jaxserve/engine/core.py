@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 import jax
 
 from jaxserve.config import EngineConfig
+from jaxserve.engine.grammar import MaskFiller, Matcher, advance
 from jaxserve.engine.info import EngineStats
 from jaxserve.engine.leader import Leader
 from jaxserve.engine.pages import PagePool
@@ -15,7 +16,7 @@ from jaxserve.engine.prefix_cache import PrefixCache
 from jaxserve.engine.request import Request, Update
 from jaxserve.engine.runner import Pending
 from jaxserve.engine.scheduler import Scheduler
-from jaxserve.engine.sequence import StepPlan
+from jaxserve.engine.sequence import SpanResult, StepPlan
 from jaxserve.engine.startup import Started, start
 
 Report = Callable[[str], None]
@@ -26,7 +27,8 @@ _COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 class EngineCore:
     """Owns the scheduler and the runner of one model. One thread calls it.
 
-    The device never waits for Python: a step is dispatched before the one before it is read.
+    The device never waits for Python: a step is dispatched before the one before it is read,
+    unless a grammar must see a token of that one to say what may follow it.
     """
 
     def __init__(
@@ -42,7 +44,11 @@ class EngineCore:
         self._pools = [PagePool(started.num_pages) for _ in range(settings.limits.num_ranks)]
         self._scheduler = _make_scheduler(config, started, self._pools)
         self._runner = started.runner
+        self._masks = MaskFiller(
+            mask_words=settings.limits.mask_words, eos_tokens=started.eos_tokens
+        )
         self.max_waiting = settings.max_waiting
+        self.vocab_size = settings.limits.vocab_size  # of the masks, padded
         self.info = started.info
         self._pending: Pending | None = None
         self._dispatch_s = 0.0  # when the newest step was dispatched
@@ -64,9 +70,12 @@ class EngineCore:
         num_slots = self.info.max_num_seqs - scheduler.num_running
         return num_slots + self.max_waiting - scheduler.num_waiting
 
-    def add(self, request: Request) -> None:
-        """Queues a request; raises QueueFull, or RequestError for one that cannot ever run."""
-        self._scheduler.add(request)
+    def add(self, request: Request, matcher: Matcher | None = None) -> None:
+        """Queues a request, with the matcher of its grammar if it has one.
+
+        Raises QueueFull, or RequestError for one that cannot ever run.
+        """
+        self._scheduler.add(request, matcher)
 
     def abort(self, request_ids: Sequence[str]) -> None:
         """Forgets requests: their pages are free at once. Unknown ids are ignored."""
@@ -87,20 +96,32 @@ class EngineCore:
     def _step(self) -> list[Update]:
         previous, self._pending = self._pending, None
         plan = self._scheduler.plan_step()
+        results: list[SpanResult] | None = None
         if plan is not None:
+            packed = self._runner.pack(plan)
+            if plan.awaits_tokens and previous is not None:
+                results = self._read(previous)
+            masks = self._masks.fill(plan, packed)
             self._count_waits(plan, previous)
-            self._pending = self._runner.dispatch(plan)
+            self._pending = self._runner.dispatch(plan, packed, masks)
             self._dispatch_s = time.monotonic()
         if previous is None:
             return []
-        results = self._runner.read(previous)
-        now_s = time.monotonic()
-        self._step_s += now_s - max(self._read_s, previous.dispatched_s)
-        self._read_s = now_s
+        if results is None:
+            results = self._read(previous)
         updates = self._scheduler.commit(previous.plan, results)
         if not self.has_work:
             self._scheduler.check_idle()
         return updates
+
+    def _read(self, pending: Pending) -> list[SpanResult]:
+        """Waits for a step; its tokens are known to the matchers, but not committed yet."""
+        results = self._runner.read(pending)
+        now_s = time.monotonic()
+        self._step_s += now_s - max(self._read_s, pending.dispatched_s)
+        self._read_s = now_s
+        advance(pending.plan, results)
+        return results
 
     def stats(self) -> EngineStats:
         """Returns the counters now."""

@@ -94,8 +94,10 @@ def plan_of(drafts: list[Draft]) -> StepPlan | None:
         preempted += draft.preempted
     if not decodes and not others:
         return None
+    spans = (*decodes, *others)
+    matched = [span for span in spans if span.samples and span.sequence.matcher is not None]
     return StepPlan(
-        spans=(*decodes, *others),
+        spans=spans,
         num_decode=len(decodes),
         grants=tuple(grants),
         admitted=tuple(admitted),
@@ -103,6 +105,8 @@ def plan_of(drafts: list[Draft]) -> StepPlan | None:
         num_sequences=max([len(draft.decodes) + len(draft.others) for draft in drafts]),
         num_tokens=max([draft.max_tokens - draft.tokens_left for draft in drafts]),
         num_rows=max([draft.max_rows - draft.rows_left for draft in drafts]),
+        has_grammar=bool(matched),
+        awaits_tokens=any(span.takes_device_token for span in matched),
     )
 
 

@@ -32,8 +32,10 @@ from jaxserve.engine.wire import (
     Close,
     Died,
     Ended,
+    Prepare,
     Progress,
     Ready,
+    SetVocabulary,
     Start,
     Stats,
     Submit,
@@ -45,6 +47,7 @@ from jaxserve.engine.wire import (
     pack_request,
 )
 from jaxserve.errors import ConfigError, EngineStopped, JaxserveError, QueueFull, RequestError
+from jaxserve.structured_outputs import Grammar, Vocabulary
 
 EXIT_GRACE_S = 10.0
 ALIVE_S = 5.0  # in which an engine process of a cluster must say something
@@ -189,10 +192,17 @@ class IpcClient:
             raise self._stopped_error()
         return self.info
 
+    def set_vocabulary(self, vocabulary: Vocabulary) -> None:
+        """Tells the engine what tokens are made of, which grammars need."""
+        self._send(SetVocabulary(vocabulary))
+
     async def submit(self, requests: Sequence[Request]) -> UpdateStream:
         """Admits all of the requests or none: raises the engine's `RequestError` for the latter."""
         if self.error is not None:
             raise self._stopped_error()
+        for grammar in dict.fromkeys(request.params.grammar for request in requests):
+            if grammar is not None:
+                await self._prepare(grammar)
         request_ids = [request.request_id for request in requests]
         stream = UpdateStream(self, request_ids)
         # Updates may overtake the answer, so the stream is known before the request leaves.
@@ -249,6 +259,13 @@ class IpcClient:
         if self._process is not None:
             self._process.kill()
             self._process.wait()
+
+    async def _prepare(self, grammar: Grammar) -> None:
+        """Waits until the engine has compiled a grammar. Raises its `RequestError`."""
+        answer = await self._call(lambda call: Prepare(call, grammar))
+        assert isinstance(answer, Admitted)
+        if answer.kind is not None:
+            raise _refusal(answer)
 
     async def _call(self, message_for: Callable[[int], ToEngine]) -> Admitted | Stats:
         call = next(self._calls)

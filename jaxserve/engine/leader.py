@@ -109,9 +109,15 @@ class Leader:
             link.send(Values(values))
         return values
 
-    def send_step(self, bucket: tuple[int, int], blob: bytes, extras: bytes | None) -> None:
+    def send_step(
+        self,
+        bucket: tuple[int, int],
+        blob: bytes,
+        extras: bytes | None,
+        masks: bytes | None,
+    ) -> None:
         """Tells every process to dispatch a step."""
-        frame = Step(bucket, blob, extras)
+        frame = Step(bucket, blob, extras, masks)
         for link in self._known_links():
             link.send(frame)
 

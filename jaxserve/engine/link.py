@@ -22,7 +22,7 @@ MAX_FRAME_BYTES = 2**30
 MAX_GREETING_BYTES = 2**20  # from a peer that is not known yet
 BEAT_S = 1.0
 LOST_S = 5.0  # silence that means a peer is lost
-PROTOCOL = "jaxserve-cluster-1"
+PROTOCOL = "jaxserve-cluster-2"
 
 
 class Hello(msgspec.Struct, array_like=True, tag=True):
@@ -74,6 +74,7 @@ class Step(msgspec.Struct, array_like=True, tag=True):
     bucket: tuple[int, int]  # tokens, rows
     blob: bytes  # [ranks, blob_layout.size] i32
     extras: bytes | None  # [ranks, extras_layout.size] i32
+    masks: bytes | None  # [ranks * rows, ceil(vocab / 32)] i32, of grammars
 
 
 class End(msgspec.Struct, array_like=True, tag=True):

@@ -10,6 +10,8 @@ import dataclasses
 import threading
 from collections.abc import Callable, Sequence
 
+import msgspec
+
 from jaxserve.config import EngineConfig
 from jaxserve.engine.client import Deliver, EngineThread
 from jaxserve.engine.cluster import Place
@@ -19,6 +21,7 @@ from jaxserve.engine.leader import Leader
 from jaxserve.engine.peers import OnEnd, Peers, is_loopback
 from jaxserve.engine.request import Request
 from jaxserve.errors import ConfigError, EngineStopped, JaxserveError
+from jaxserve.structured_outputs import Grammar, Vocabulary
 
 _STEPS_AHEAD = 2  # that a follower dispatches before the first of them is done
 # What may differ from process to process: where things lie on a host.
@@ -77,6 +80,13 @@ class FollowerEngine:
         """Raises `EngineStopped`: process 0 takes the requests."""
         raise EngineStopped("this process follows process 0, which takes the requests")
 
+    def set_vocabulary(self, vocabulary: Vocabulary) -> None:
+        """Ignores it: process 0 makes the masks."""
+
+    def prepare(self, grammar: Grammar) -> None:
+        """Raises `EngineStopped`, as `submit` does."""
+        raise EngineStopped("this process follows process 0, which takes the requests")
+
     def abort(self, request_ids: Sequence[str]) -> None:
         """Ignores requests, of which there are none."""
 
@@ -103,7 +113,7 @@ class FollowerEngine:
         outputs: collections.deque[jax.Array] = collections.deque()
         while True:
             step = self._follower.next_step()
-            outputs.append(self._runner.run_published(step.bucket, step.blob, step.extras))
+            outputs.append(self._runner.run_published(*msgspec.structs.astuple(step)))
             self._num_steps += 1
             if len(outputs) > _STEPS_AHEAD:
                 jax.block_until_ready(outputs.popleft())

@@ -152,6 +152,7 @@ def pack(plan: StepPlan, limits: Limits, buckets: tuple[tuple[int, int], ...]) -
     places = _pack_spans(ranks, plan.spans)
     _pack_grants(ranks, plan, limits)
     _pack_admitted(ranks, plan.admitted)
+    _flag_grammars(ranks, plan)
     extras = _pack_extras(ranks, plan.admitted, limits)
     return Packed(
         num_tokens=num_tokens,
@@ -259,6 +260,16 @@ def _pack_grants(ranks: list[Parts], plan: StepPlan, limits: Limits) -> None:
         counts[sequence.rank] = stop
 
 
+def _flag_grammars(ranks: list[Parts], plan: StepPlan) -> None:
+    """Says in the blobs which ranks read masks."""
+    if not plan.has_grammar:
+        return
+    for span in plan.spans:
+        if span.samples and span.sequence.matcher is not None:
+            assert span.sequence.rank is not None
+            ranks[span.sequence.rank]["has_grammar"][0] = 1
+
+
 def _pack_admitted(ranks: list[Parts], admitted: tuple[Sequence, ...]) -> None:
     counts = [0] * len(ranks)
     for sequence in admitted:
@@ -307,7 +318,8 @@ def _options(params: SamplingParams) -> int:
     bias = 1 if params.logit_bias else 0
     allowed = 2 if params.allowed_token_ids is not None else 0
     bad_words = 4 if params.bad_word_tokens else 0
-    return bias | allowed | bad_words
+    grammar = 8 if params.grammar is not None else 0
+    return bias | allowed | bad_words | grammar
 
 
 def _pack_extras(

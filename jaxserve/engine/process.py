@@ -14,6 +14,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
 
 from jaxserve.config import EngineConfig, from_table
@@ -29,9 +30,11 @@ from jaxserve.engine.wire import (
     Close,
     Died,
     Ended,
+    Prepare,
     Progress,
     Ready,
     RequestFrame,
+    SetVocabulary,
     Start,
     Stats,
     Submit,
@@ -43,8 +46,10 @@ from jaxserve.engine.wire import (
     unpack_request,
 )
 from jaxserve.errors import EngineStopped, JaxserveError, RequestError
+from jaxserve.structured_outputs import Grammar, Vocabulary
 
 CLOSE_GRACE_S = 10.0
+_NUM_PREPARING = 4  # grammars that are waited for at once; further ones queue
 
 
 class Engine(Protocol):
@@ -57,6 +62,12 @@ class Engine(Protocol):
     @property
     def error(self) -> BaseException | None:
         """What ended the engine, if not `close`."""
+
+    def set_vocabulary(self, vocabulary: Vocabulary) -> None:
+        """Learns what tokens are made of, which grammars need."""
+
+    def prepare(self, grammar: Grammar) -> None:
+        """Compiles a grammar or raises `RequestError`; may block for seconds."""
 
     def submit(self, request: Request) -> None:
         """Admits a request or raises `QueueFull` or `EngineStopped`."""
@@ -137,9 +148,16 @@ def serve_ipc(
     engines: list[Engine] = []
     loading = (start.config, make_engine, engines, outbox)
     threading.Thread(target=_load, args=loading, name="engine-load", daemon=True).start()
+    preparing = ThreadPoolExecutor(_NUM_PREPARING, thread_name_prefix="prepare")
     while (message := _read_frame(frames)) is not None and not isinstance(message, Close):
-        if engines:
+        if not engines:
+            continue
+        if isinstance(message, Prepare):
+            # Others' requests must not wait for a compiler.
+            preparing.submit(_prepare, message, engines[0], outbox)
+        else:
             _obey(message, engines[0], outbox)
+    preparing.shutdown(wait=False, cancel_futures=True)
     if message is None and on_front_lost is not None:
         on_front_lost()
     if engines:
@@ -199,6 +217,8 @@ def _read_frame(frames: Any) -> ToEngine | None:
 
 def _obey(message: ToEngine, engine: Engine, outbox: Outbox) -> None:
     match message:
+        case SetVocabulary(vocabulary):
+            engine.set_vocabulary(vocabulary)
         case Submit(call, frames):
             outbox.put(_admit(call, frames, engine, outbox))
         case Abort(request_ids):
@@ -218,10 +238,23 @@ def _admit(call: int, frames: list[RequestFrame], engine: Engine, outbox: Outbox
             admitted.append(frame.request_id)
     except JaxserveError as error:
         engine.abort(admitted)
-        if isinstance(error, EngineStopped):
-            outbox.put(Died("EngineStopped", str(error)))
-        return Admitted(call, type(error).__name__, str(error), getattr(error, "param", None))
+        return _refused(call, error, outbox)
     return Admitted(call)
+
+
+def _prepare(message: Prepare, engine: Engine, outbox: Outbox) -> None:
+    try:
+        engine.prepare(message.grammar)
+    except JaxserveError as error:
+        outbox.put(_refused(message.call, error, outbox))
+    else:
+        outbox.put(Admitted(message.call))
+
+
+def _refused(call: int, error: JaxserveError, outbox: Outbox) -> Admitted:
+    if isinstance(error, EngineStopped):
+        outbox.put(Died("EngineStopped", str(error)))
+    return Admitted(call, type(error).__name__, str(error), getattr(error, "param", None))
 
 
 def own_no_signals() -> None:

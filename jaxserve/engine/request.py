@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from jaxserve.errors import RequestError
+from jaxserve.structured_outputs import Grammar, StructuredOutputsParams
 
 FinishReason = Literal["stop", "length", "abort"]
 
@@ -27,8 +28,9 @@ class SamplingParams:
     """How tokens are chosen and when to stop. Names and defaults are vLLM's.
 
     `top_k` 0 or -1 and `seed` None or -1 mean off, as vLLM's clients write them. A value out of
-    range raises `RequestError` with the field's name. Text-valued fields (`stop`, `bad_words`)
-    are resolved to tokens by the text side; the engine reads `bad_word_tokens` only.
+    range raises `RequestError` with the field's name. Text-valued fields (`stop`, `bad_words`,
+    `structured_outputs`) are resolved by the text side; the engine reads `bad_word_tokens` and
+    `grammar` only.
     """
 
     n: int = 1
@@ -53,6 +55,8 @@ class SamplingParams:
     allowed_token_ids: tuple[int, ...] | list[int] | None = None
     bad_words: tuple[str, ...] | list[str] | None = ()
     bad_word_tokens: tuple[tuple[int, ...], ...] = ()
+    structured_outputs: StructuredOutputsParams | None = None
+    grammar: Grammar | None = None
     detokenize: bool = True
     skip_special_tokens: bool = True
     spaces_between_special_tokens: bool = True
@@ -69,6 +73,7 @@ class SamplingParams:
             object.__setattr__(self, "allowed_token_ids", tuple(self.allowed_token_ids))
         _check_numbers(self)
         _check_lists(self)
+        _check_grammar(self)
 
     @property
     def is_greedy(self) -> bool:
@@ -173,6 +178,18 @@ def _check_lists(params: SamplingParams) -> None:
     _check_tokens(params)
 
 
+def _check_grammar(params: SamplingParams) -> None:
+    """Raises `RequestError` for what is no description of an answer, or for two of them."""
+    outputs = params.structured_outputs
+    if outputs is not None and not isinstance(outputs, StructuredOutputsParams):
+        raise RequestError(
+            f"structured_outputs is a {type(outputs).__name__}; it takes StructuredOutputsParams",
+            param="structured_outputs",
+        )
+    if outputs is not None and params.grammar is not None:
+        raise outputs.error("the answer is constrained already")
+
+
 def _check_tokens(params: SamplingParams) -> None:
     """Raises `RequestError` for tokens that leave no choice, or that the device cannot keep."""
     if params.allowed_token_ids is not None and not params.allowed_token_ids:
@@ -224,5 +241,6 @@ class Update:
     prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None  # once, when the prompt is done
     finish_reason: FinishReason | None = None
     stop_token: int | None = None  # the stop_token_ids entry that ended it; None for EOS
+    is_complete: bool = False  # its grammar allows no more: the last token is text, and no stop
     num_cached_tokens: int = 0  # prompt tokens whose pages were reused
     error: str | None = None  # the engine cannot finish it; the text says why

@@ -26,7 +26,8 @@ from jaxserve.mesh import put
 from jaxserve.models.loading import AbstractModel
 
 Bucket = tuple[int, int]  # tokens, rows
-Publish = Callable[[Bucket, bytes, bytes | None], None]  # blob and extras, for other processes
+# Blob, extras and masks, for other processes.
+Publish = Callable[[Bucket, bytes, bytes | None, bytes | None], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,35 +91,52 @@ class Runner:
         self._no_grammar.setdefault(bucket[1], put(mask, self._by_rank))
         self._programs[bucket] = program
         self._buckets = tuple(sorted(self._programs))
-        jax.block_until_ready(self.run(bucket, empty_blob(limits, *bucket), None))
+        jax.block_until_ready(self.run(bucket, empty_blob(limits, *bucket), None, None))
 
-    def dispatch(self, plan: StepPlan) -> Pending:
+    def pack(self, plan: StepPlan) -> Packed:
+        """Returns the plan's upload."""
+        return pack(plan, self._spec.limits, self._buckets)
+
+    def dispatch(
+        self,
+        plan: StepPlan,
+        packed: Packed,  # of the plan
+        masks: np.ndarray | None,  # [ranks * rows, ceil(vocab / 32)] i32
+    ) -> Pending:
         """Starts the plan's step, and returns without waiting for it."""
-        packed = pack(plan, self._spec.limits, self._buckets)
         bucket = packed.num_tokens, packed.num_rows
+        uploads = packed.blob, packed.extras, masks
         if self._publish is not None:
-            extras = None if packed.extras is None else packed.extras.tobytes()
-            self._publish(bucket, packed.blob.tobytes(), extras)
-        output = self.run(bucket, packed.blob, packed.extras)
+            blob, *rest = [None if array is None else array.tobytes() for array in uploads]
+            assert blob is not None
+            self._publish(bucket, blob, *rest)
+        output = self.run(bucket, *uploads)
         output.copy_to_host_async()
         self.num_dispatches += 1
         return Pending(plan=plan, packed=packed, output=output, dispatched_s=time.monotonic())
 
-    def run_published(self, bucket: Bucket, blob: bytes, extras: bytes | None) -> jax.Array:
+    def run_published(
+        self, bucket: Bucket, blob: bytes, extras: bytes | None, masks: bytes | None
+    ) -> jax.Array:
         """Starts a step that another process's runner published."""
-        shape = (self._spec.limits.num_ranks, -1)
-        arrays = [
-            None if data is None else np.frombuffer(data, np.int32).reshape(shape)
-            for data in (blob, extras)
+        num_ranks = self._spec.limits.num_ranks
+        uploads = [
+            None if data is None else np.frombuffer(data, np.int32).reshape(num_rows, -1)
+            for data, num_rows in (
+                (blob, num_ranks),
+                (extras, num_ranks),
+                (masks, num_ranks * bucket[1]),
+            )
         ]
-        assert arrays[0] is not None
-        return self.run(bucket, arrays[0], arrays[1])
+        assert uploads[0] is not None
+        return self.run(bucket, uploads[0], *uploads[1:])
 
     def run(
         self,
         bucket: Bucket,
         blob: np.ndarray,  # [ranks, blob_layout.size] i32
         extras: np.ndarray | None,  # [ranks, extras_layout.size] i32
+        masks: np.ndarray | None,  # [ranks * rows, ceil(vocab / 32)] i32
     ) -> jax.Array:  # [ranks * rows, 3 + 2 * max_logprobs] i32
         """Calls a bucket's program; the only place that does."""
         self._state, output = self._programs[bucket](
@@ -126,7 +144,9 @@ class Runner:
             self._state,
             put(blob, self._by_rank),
             self._no_extras if extras is None else put(extras, self._by_rank),
-            self._no_grammar[bucket[1]],
+            self._no_grammar[bucket[1]]
+            if masks is None
+            else put(masks.view(np.uint32), self._by_rank),
         )
         return output
 

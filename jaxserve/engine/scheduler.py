@@ -21,7 +21,7 @@ from bisect import bisect_left, insort
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from operator import attrgetter
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from jaxserve.engine.draft import Draft, plan_of
 from jaxserve.engine.pages import PagePool
@@ -30,6 +30,9 @@ from jaxserve.engine.rank import Rank
 from jaxserve.engine.request import FinishReason, Request, TokenLogprobs, Update
 from jaxserve.engine.sequence import Sequence, SpanResult, StepPlan, end_of, sequence_for
 from jaxserve.errors import PromptTooLong, QueueFull, RequestError
+
+if TYPE_CHECKING:
+    from jaxserve.engine.grammar import Matcher
 
 _key_of = attrgetter("key")
 
@@ -134,8 +137,8 @@ class Scheduler:
         """The number of sequences that wait for a slot, preempted ones included."""
         return len(self.waiting)
 
-    def add(self, request: Request) -> None:
-        """Puts a request in the queue.
+    def add(self, request: Request, matcher: Matcher | None = None) -> None:
+        """Puts a request in the queue, with the matcher of its grammar if it has one.
 
         Raises `QueueFull`, `PromptTooLong`, or `RequestError` for an empty prompt or a used id.
         """
@@ -156,6 +159,7 @@ class Scheduler:
             key=(request.priority if self._has_priorities else 0, self._num_added),
             eos_tokens=self._eos_tokens,
             max_model_len=self._max_model_len,
+            matcher=matcher,
         )
         self._sequences[request.request_id] = sequence
         insort(self.waiting, sequence, key=_key_of)
@@ -262,14 +266,19 @@ class Scheduler:
     def _commit_token(
         self, sequence: Sequence, token: int, logprobs: TokenLogprobs | None
     ) -> Update:
+        matcher = sequence.matcher
+        if matcher is not None and matcher.error is not None:
+            self._finish(sequence, "abort")
+            reason = f"the answer could not be kept to its grammar: {matcher.error}"
+            return Update(request_id=sequence.request.request_id, error=reason)
         params = sequence.request.params
         sequence.num_in_flight -= 1
         sequence.tokens.append(token)
         if sequence.rank is not None:  # else preempted: it holds no page
             self._ranks[sequence.rank].register(sequence)
-        reason, stop_token = end_of(sequence, token)
-        if reason is not None:
-            self._finish(sequence, reason)
+        end_reason, stop_token = end_of(sequence, token)
+        if end_reason is not None:
+            self._finish(sequence, end_reason)
         is_first = sequence.num_outputs == 1
         self.totals.generation_tokens += 1
         self.totals.prompt_tokens += sequence.num_prompt if is_first else 0
@@ -279,7 +288,8 @@ class Scheduler:
             tokens=(token,),
             logprobs=() if logprobs is None or params.logprobs is None else (logprobs,),
             prompt_logprobs=tuple(sequence.prompt_logprobs) if scores_prompt else None,
-            finish_reason=reason,
+            finish_reason=end_reason,
             stop_token=stop_token,
+            is_complete=end_reason == "stop" and token not in sequence.end_tokens,
             num_cached_tokens=sequence.num_cached or 0 if is_first else 0,
         )

@@ -6,9 +6,12 @@ Host only: imports no jax.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from jaxserve.engine.request import FinishReason, Request, TokenLogprobs
+
+if TYPE_CHECKING:
+    from jaxserve.engine.grammar import Matcher
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
@@ -30,6 +33,7 @@ class Sequence:
     tokens: list[int]  # prompt, then committed outputs
     num_prompt: int
     num_scored: int  # prompt tokens whose logprobs are dispatched, or were never asked for
+    matcher: Matcher | None = None  # of its grammar; it has seen all outputs that arrived
     num_computed: int = 0
     num_in_flight: int = 0
     num_preemptions: int = 0
@@ -76,9 +80,11 @@ def sequence_for(
     key: tuple[int, int],
     eos_tokens: frozenset[int],
     max_model_len: int,  # prompt and outputs together
+    matcher: Matcher | None = None,
 ) -> Sequence:
     """Returns the sequence of a request that just arrived."""
     params = request.params
+    assert (matcher is None) == (params.grammar is None), f"{params.grammar=}"
     num_prompt = len(request.prompt_tokens)
     max_tokens = max_model_len if params.max_tokens is None else params.max_tokens
     eos_tokens = frozenset() if params.ignore_eos else eos_tokens
@@ -92,6 +98,7 @@ def sequence_for(
         num_prompt=num_prompt,
         # Nothing precedes the first prompt token: it has no logprob, and one fewer is to score.
         num_scored=num_prompt - 1 if params.prompt_logprobs is None else 0,
+        matcher=matcher,
         prompt_logprobs=[None],
     )
 
@@ -101,6 +108,8 @@ def end_of(sequence: Sequence, token: int) -> tuple[FinishReason | None, int | N
     if token in sequence.end_tokens:
         if sequence.num_outputs >= sequence.request.params.min_tokens:
             return "stop", None if token in sequence.eos_tokens else token
+    if sequence.matcher is not None and sequence.matcher.is_complete:
+        return "stop", None
     return ("length" if len(sequence.tokens) >= sequence.max_total else None), None
 
 
@@ -152,3 +161,5 @@ class StepPlan:
     num_sequences: int  # of the rank that has most
     num_tokens: int  # of the rank that has most
     num_rows: int  # of the rank that has most
+    has_grammar: bool = False  # a span that samples has a matcher
+    awaits_tokens: bool = False  # one of them has a token in flight, which its matcher must see

@@ -15,6 +15,7 @@ import msgspec
 from jaxserve.engine.info import EngineInfo, EngineStats
 from jaxserve.engine.request import Request, SamplingParams, Update
 from jaxserve.errors import RequestError
+from jaxserve.structured_outputs import Grammar, Vocabulary
 
 LENGTH = struct.Struct(">I")
 MAX_FRAME_BYTES = 2**30
@@ -24,6 +25,19 @@ class Start(msgspec.Struct, array_like=True, tag=True):
     """The front's first frame: the engine's options."""
 
     config: dict[str, Any]
+
+
+class SetVocabulary(msgspec.Struct, array_like=True, tag=True):
+    """What the model's tokens are made of, once the text side has loaded."""
+
+    vocabulary: Vocabulary
+
+
+class Prepare(msgspec.Struct, array_like=True, tag=True):
+    """A grammar to compile for requests that follow; answered by `Admitted`."""
+
+    call: int
+    grammar: Grammar
 
 
 class Submit(msgspec.Struct, array_like=True, tag=True):
@@ -73,7 +87,7 @@ class Ready(msgspec.Struct, array_like=True, tag=True):
 
 
 class Admitted(msgspec.Struct, array_like=True, tag=True):
-    """The answer to `Submit`; `kind` names the error that refused it."""
+    """The answer to `Prepare` and `Submit`; `kind` names the error that refused it."""
 
     call: int
     kind: str | None = None
@@ -105,7 +119,7 @@ class Ended(msgspec.Struct, array_like=True, tag=True):
     """The engine has ended in order, as process 0 of its cluster asked; the process ends."""
 
 
-ToEngine = Start | Submit | Abort | AskStats | Close
+ToEngine = Start | SetVocabulary | Prepare | Submit | Abort | AskStats | Close
 ToFront = Progress | Ready | Admitted | Updates | Stats | Died | Ended
 
 _encoder = msgspec.msgpack.Encoder()
@@ -143,6 +157,8 @@ def unpack_request(frame: RequestFrame) -> Request:
     params = dict(frame.params)
     if words := params.get("bad_word_tokens"):
         params["bad_word_tokens"] = tuple(tuple(word) for word in words)
+    if grammar := params.get("grammar"):
+        params["grammar"] = msgspec.convert(grammar, Grammar)
     return Request(
         request_id=frame.request_id,
         prompt_tokens=frame.prompt_tokens,

@@ -22,6 +22,7 @@ from jaxserve.errors import ConfigError, JaxserveError
 from jaxserve.server.app import http_app
 from jaxserve.server.model_text import find_model, load_text
 from jaxserve.server.state import ServerState
+from jaxserve.text.grammar import vocabulary_of
 
 POLL_S = 0.05
 
@@ -134,7 +135,11 @@ class Life:
             self._engine_config, report=logger.info, command=self._engine_command
         )
         loading = _on_daemon(lambda: load_text(path, self._engine_config, state.config))
-        state.text, _ = await asyncio.gather(loading, state.engine.wait_ready())
+        text, _ = await asyncio.gather(loading, state.engine.wait_ready())
+        vocabulary = await _on_daemon(lambda: vocabulary_of(text.tokenizer))
+        if vocabulary is not None:
+            state.engine.set_vocabulary(vocabulary)
+        state.text = text
         logger.info("serving %s", ", ".join(state.model_names))
         self._loaded.set()
         await state.engine.stopped.wait()

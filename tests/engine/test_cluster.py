@@ -107,12 +107,13 @@ def test_all_know_the_same_address_for_jax():
 
 def test_steps_arrive_in_order_with_their_bytes():
     leader, *followers = joined_nodes(3)
-    leader.peers.send_step((2, 2), b"one", None)
-    leader.peers.send_step((64, 2), b"two" * 10**5, b"extras")
+    leader.peers.send_step((2, 2), b"one", None, None)
+    leader.peers.send_step((64, 2), b"two" * 10**5, b"extras", b"masks")
     for follower in followers:
         first, second = follower.peers.next_step(), follower.peers.next_step()
         assert (first.bucket, first.blob, first.extras) == ((2, 2), b"one", None)
         assert (second.bucket, second.blob, second.extras) == ((64, 2), b"two" * 10**5, b"extras")
+        assert (first.masks, second.masks) == (None, b"masks")
     leader.peers.end()
 
 

@@ -201,7 +201,7 @@ def test_a_step_is_dispatched_before_the_last_one_is_read(core, monkeypatch):
     runner = core._runner
     dispatch, read = runner.dispatch, runner.read
     monkeypatch.setattr(
-        runner, "dispatch", lambda plan: (log.append("dispatch"), dispatch(plan))[1]
+        runner, "dispatch", lambda *args: (log.append("dispatch"), dispatch(*args))[1]
     )
     monkeypatch.setattr(runner, "read", lambda pending: (log.append("read"), read(pending))[1])
     run(core, [prompts_of(1)[0]], dataclasses.replace(GREEDY, max_tokens=4))

@@ -15,6 +15,7 @@ import msgspec
 
 from jaxserve.engine.request import SamplingParams
 from jaxserve.errors import RequestError
+from jaxserve.server.protocol.structured import RENAMED, structured_outputs_of
 
 MAX_REQUEST_ID = 128
 MAX_CACHE_SALT = 128
@@ -45,11 +46,7 @@ SAMPLING_FIELDS = (
 
 # Fields that cannot be honoured, and the values that ask for nothing.
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
-    "structured_outputs": (None,),
-    "guided_json": (None,),
-    "guided_regex": (None,),
-    "guided_choice": (None,),
-    "guided_grammar": (None,),
+    **dict.fromkeys(RENAMED, (None,)),
     "guided_decoding_backend": (None,),
     "use_beam_search": (None, False),
     "length_penalty": (None, 1, 1.0),
@@ -113,11 +110,13 @@ class GenerationFields(msgspec.Struct, kw_only=True):
     priority: int | None = None
     cache_salt: str | None = None
     response_format: dict[str, Any] | None = None
-    structured_outputs: Any = msgspec.UNSET
+    structured_outputs: dict[str, Any] | None = None
     guided_json: Any = msgspec.UNSET
     guided_regex: Any = msgspec.UNSET
     guided_choice: Any = msgspec.UNSET
     guided_grammar: Any = msgspec.UNSET
+    guided_json_object: Any = msgspec.UNSET
+    guided_whitespace_pattern: Any = msgspec.UNSET
     guided_decoding_backend: Any = msgspec.UNSET
     use_beam_search: Any = msgspec.UNSET
     length_penalty: Any = msgspec.UNSET
@@ -146,12 +145,8 @@ def check_fields(
     for name, harmless in (*UNSUPPORTED.items(), *unsupported.items()):
         value = getattr(body, name)
         if value is not msgspec.UNSET and value not in harmless:
-            raise RequestError(f"{name} is not supported by this server", param=name)
-    if body.response_format is not None and body.response_format.get("type") != "text":
-        raise RequestError(
-            'response_format is not supported by this server, except {"type": "text"}',
-            param="response_format",
-        )
+            instead = f"; use {RENAMED[name]}" if name in RENAMED else ""
+            raise RequestError(f"{name} is not supported by this server{instead}", param=name)
     if body.stream_options is not None:
         _check_stream_options(body.stream_options, is_stream=bool(body.stream))
     if body.prompt_logprobs is not None and body.stream:
@@ -190,6 +185,8 @@ def sampling_params(
     given = {name: value for name in SAMPLING_FIELDS if (value := getattr(body, name)) is not None}
     if body.logit_bias is not None:
         given["logit_bias"] = {_bias_token(key): bias for key, bias in body.logit_bias.items()}
+    outputs = structured_outputs_of(body.response_format, body.structured_outputs)
+    given["structured_outputs"] = outputs
     return SamplingParams(**{**defaults, **given, **fields})
 
 
