@@ -9,6 +9,7 @@ was taught to. Prints the conversation; an answer that is not of the protocol's 
 from __future__ import annotations
 
 import argparse
+import json
 from typing import Any
 
 import anthropic
@@ -22,6 +23,16 @@ ADD = {
         "required": ["a", "b"],
     },
 }
+CITY = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "maxLength": 20},
+        "country": {"type": "string", "maxLength": 20},
+    },
+    "required": ["name", "country"],
+    "additionalProperties": False,
+}
+ROME = "Describe Rome as JSON with its name and its country."
 GREEDY = {"temperature": 0}  # newer clients have no argument for it
 SUM = "What is 1234 + 5678? Use the add tool."
 
@@ -39,6 +50,7 @@ def main() -> None:
     with client:
         converse(client)
         stream(client)
+        keep_to_a_schema(client)
         refuse(client)
         if options.tools:
             use_a_tool(client, is_streamed=False)
@@ -86,6 +98,19 @@ def stream(client: anthropic.Anthropic) -> None:
     print(f"> {said!r} ({message.stop_reason}, {message.stop_sequence!r})")
     assert said == text_of(message) == text_of(whole)
     assert (message.stop_reason, message.stop_sequence) == (whole.stop_reason, whole.stop_sequence)
+
+
+def keep_to_a_schema(client: anthropic.Anthropic) -> None:
+    """Asks for JSON of one form."""
+    message = client.messages.create(
+        model="",
+        max_tokens=64,
+        messages=[{"role": "user", "content": ROME}],
+        output_config={"format": {"type": "json_schema", "schema": CITY}},
+        extra_body=GREEDY,
+    )
+    print(f"> {text_of(message)!r} ({message.stop_reason})")
+    assert set(json.loads(text_of(message))) == {"name", "country"}
 
 
 def refuse(client: anthropic.Anthropic) -> None:

@@ -25,6 +25,16 @@ ADD = {
     },
     "strict": False,
 }
+CITY = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "maxLength": 20},
+        "country": {"type": "string", "maxLength": 20},
+    },
+    "required": ["name", "country"],
+    "additionalProperties": False,
+}
+ROME = "Describe Rome as JSON with its name and its country."
 SUM = "What is 1234 + 5678? Use the add tool."
 
 
@@ -39,6 +49,7 @@ def main() -> None:
         model = next(iter(client.models.list())).id
         converse(client, model)
         stream(client, model)
+        keep_to_a_schema(client, model)
         if options.tools:
             call_a_tool(client, model, is_streamed=False)
             call_a_tool(client, model, is_streamed=True)
@@ -91,6 +102,16 @@ def stream(client: openai.OpenAI, model: str) -> None:
     said = "".join(event.delta for event in events if event.type == "response.output_text.delta")
     print(f"> {said!r} ({len(events)} events)")
     assert said == whole.output_text == events[-1].response.output_text
+
+
+def keep_to_a_schema(client: openai.OpenAI, model: str) -> None:
+    """Asks for JSON of one form."""
+    format: Any = {"type": "json_schema", "name": "city", "schema": CITY, "strict": True}
+    response = client.responses.create(
+        model=model, input=ROME, text={"format": format}, max_output_tokens=64, temperature=0
+    )
+    print(f"> {response.output_text!r} ({response.status})")
+    assert set(json.loads(response.output_text)) == {"name", "country"}
 
 
 def call_a_tool(client: openai.OpenAI, model: str, *, is_streamed: bool) -> None:
