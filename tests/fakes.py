@@ -7,12 +7,19 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import tokenizers
+from llguidance import LLExecutor
+from llguidance.numpy import fill_next_token_bitmask_par
 
+from jaxserve.engine.grammar import GrammarCompiler, Matcher
 from jaxserve.engine.info import EngineInfo, EngineStats
 from jaxserve.engine.request import FinishReason, Request, TokenLogprobs, Update
 from jaxserve.errors import EngineStopped, QueueFull
+from jaxserve.structured_outputs import Grammar, Vocabulary
 from jaxserve.text.tokenizer import BYTE_OF_LETTER, Tokenizer
+
+EOS = 257  # of `byte_tokenizer`
 
 
 class EchoEngine:
@@ -20,6 +27,7 @@ class EchoEngine:
 
     Steps run on a thread, `step_s` apart. The k-th likeliest token at any position is the true
     one plus k, with the logprob -1 - k. Stops at `max_tokens`, or before a `stop_token_ids` entry.
+    A grammar is kept to: where it forbids the prompt's token, the first one that it allows comes.
     """
 
     def __init__(
@@ -58,6 +66,8 @@ class EchoEngine:
         self._step_s = step_s
         self._dies_at, self._fails_at = dies_at, fails_at
         self._live: dict[str, tuple[Request, int]] = {}
+        self._compiler: GrammarCompiler | None = None
+        self._matchers: dict[str, Matcher] = {}
         self._num_steps = 0
         self._num_generated = 0
         self._num_prompt_tokens = 0
@@ -67,8 +77,20 @@ class EchoEngine:
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
+    def set_vocabulary(self, vocabulary: Vocabulary) -> None:
+        """Learns what tokens are made of."""
+        self._compiler = GrammarCompiler(vocabulary, vocab_size=260, eos_tokens=(EOS,))
+
+    def prepare(self, grammar: Grammar) -> None:
+        """Compiles a grammar."""
+        assert self._compiler is not None
+        self._compiler.matcher_for(grammar)
+
     def submit(self, request: Request) -> None:
         """Admits a request."""
+        if (grammar := request.params.grammar) is not None:
+            assert self._compiler is not None
+            self._matchers[request.request_id] = self._compiler.matcher_for(grammar)
         with self._wake:
             if self._is_dead:
                 raise EngineStopped("the echo engine is closed")
@@ -132,6 +154,9 @@ class EchoEngine:
     def _advance(self, request: Request, count: int) -> Update:
         prompt, params = request.prompt_tokens, request.params
         token = prompt[count % len(prompt)]
+        matcher = self._matchers.get(request.request_id)
+        if matcher is not None:
+            token = _allowed(matcher, token)
         if token in (self._dies_at, self._fails_at):
             del self._live[request.request_id]
             if token == self._dies_at:
@@ -139,7 +164,10 @@ class EchoEngine:
             return Update(request_id=request.request_id, error="the step failed")
         reason: FinishReason | None = None
         stop_token = None
-        if token in params.stop_token_ids:
+        is_complete = matcher is not None and matcher.is_complete
+        if is_complete or token == EOS:
+            reason = "stop"
+        elif token in params.stop_token_ids:
             reason, stop_token = "stop", token
         elif count + 1 >= (params.max_tokens or math.inf):
             reason = "length"
@@ -159,11 +187,26 @@ class EchoEngine:
             prompt_logprobs=prompt_logprobs,
             finish_reason=reason,
             stop_token=stop_token,
+            is_complete=is_complete and token != EOS,
         )
 
     def _logprobs(self, token: int, count: int) -> TokenLogprobs:
         top = tuple(((token + k) % self.info.vocab_size, -1.0 - k) for k in range(count))
         return TokenLogprobs(token=token, logprob=-1.0, rank=1, top=top)
+
+
+def _allowed(matcher: Matcher, token: int) -> int:
+    """Returns `token` if it may come next, else the first that may, whitespace last.
+
+    The matcher has seen it.
+    """
+    mask = np.zeros((1, 9), np.int32)
+    fill_next_token_bitmask_par(LLExecutor(1), [(matcher.inner, 0)], mask)
+    allowed = np.flatnonzero(np.unpackbits(mask.view(np.uint8), bitorder="little"))
+    if token not in allowed:
+        token = int(min(allowed, key=lambda one: (one <= ord(" "), one)))
+    matcher.advance(token)
+    return token
 
 
 def byte_tokenizer(chat_template: str | None = None) -> Tokenizer:

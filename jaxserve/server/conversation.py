@@ -28,7 +28,7 @@ from jaxserve.server.protocol.chat import ChatRequest
 from jaxserve.server.protocol.common import sampling_params
 from jaxserve.server.protocol.reasoning import template_variables
 from jaxserve.server.protocol.tools import ToolUse
-from jaxserve.server.reading import Reading, reading_of, tool_use_of
+from jaxserve.server.reading import Reading, constrained, reading_of, tool_use_of
 from jaxserve.server.state import ServerState
 from jaxserve.text.chat_template import encode_chat
 from jaxserve.text.message import Said
@@ -185,6 +185,7 @@ def _build(
             cache_salt=body.cache_salt or "",
             arrival_s=arrival_s,
         )
+    requests = constrained(requests, body, use, text, prompt.text)
     reading = reading_of(body, use, text, prompt.text, len(requests))
     return _Prompt(requests=requests, reading=reading)
 

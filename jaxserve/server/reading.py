@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from jaxserve.engine.request import Request
 from jaxserve.errors import RequestError
 from jaxserve.server.model_text import ModelText
 from jaxserve.server.protocol.chat import ChatRequest
-from jaxserve.server.protocol.tools import ToolUse, reason_of, tool_use
+from jaxserve.server.protocol.tools import Named, ToolUse, reason_of, tool_use
+from jaxserve.structured_outputs import Grammar
 from jaxserve.text.message import MessageReader, Said
 
 
@@ -68,10 +71,65 @@ def reading_of(
             prefill=prefill,
             max_calls=None if use is None else use.max_calls,
             has_reasoning=body.include_reasoning is not False,
+            only_marked=use is not None and use.is_guaranteed,
         )
         for _ in range(num_samples)
     ]
     return Reading(use=use, readers=readers)
+
+
+def constrained(
+    requests: Sequence[Request],
+    body: ChatRequest,
+    use: ToolUse | None,
+    text: ModelText,
+    prompt: str,  # as rendered
+) -> list[Request]:
+    """Returns the requests with the grammar that their tools ask for.
+
+    One that the client asks for begins after the thinking. Raises `RequestError` if the calls
+    cannot be guaranteed.
+    """
+    given = requests[0].params.grammar
+    prefill = _text_of(body.messages[-1]) if body.continue_final_message else None
+    grammar = None
+    is_guaranteed = use is not None and use.choice != "none" and use.is_guaranteed
+    if given is not None:
+        if use is not None and is_guaranteed and use.choice != "auto":
+            raise RequestError(
+                "tool_choice and response_format both say what the answer must be",
+                param="tool_choice",
+            )
+        after = text.format.tokens_before_answer(prompt, text.tokenizer, prefill)
+        grammar = dataclasses.replace(given, start_after_tokens=after)
+    elif use is not None and is_guaranteed:
+        grammar = _tool_grammar(use, text, prompt, prefill)
+    if grammar is None:
+        return list(requests)
+    return [
+        dataclasses.replace(request, params=dataclasses.replace(request.params, grammar=grammar))
+        for request in requests
+    ]
+
+
+def _tool_grammar(use: ToolUse, text: ModelText, prompt: str, prefill: str | None) -> Grammar:
+    param = "tools" if use.choice == "auto" else "tool_choice"
+    source = text.format.grammar(
+        prompt,
+        use.callable,
+        text.tokenizer,
+        prefill=prefill,
+        is_free=use.choice == "auto",
+        max_calls=1 if isinstance(use.choice, Named) else use.max_calls,
+    )
+    if source is None:
+        what = "strict tools" if use.choice == "auto" else "a tool_choice other than auto and none"
+        raise RequestError(
+            f"{what} cannot be guaranteed for a model with the tool call parser "
+            f"{text.format.tools_name}",
+            param=param,
+        )
+    return Grammar(source=source, param=param)
 
 
 def _text_of(message: dict[str, Any]) -> str:

@@ -14,10 +14,17 @@ from jaxserve.text import reasoning, tool_parsers
 from jaxserve.text.message import MessageReader
 from jaxserve.text.reasoning import ReasoningFormat, State, state_after, thinking
 from jaxserve.text.source import Content, Parse, Source
+from jaxserve.text.tokenizer import Tokenizer
 from jaxserve.text.tool_parsers import ToolFormat, harmony
+from jaxserve.text.tool_parsers.grammar import Surface, Thinking, call_grammar
 from jaxserve.text.tool_parsers.tools import Tools
 
 T = TypeVar("T")
+
+HARMONY_THINKING = Thinking(
+    start=f"{harmony.CHANNEL}analysis{harmony.MESSAGE}",
+    ends=(f"{harmony.END}{harmony.START}assistant",),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,26 +63,100 @@ class MessageFormat:
         prefill: str | None = None,  # the text of the message that the answer continues
         max_calls: int | None = None,
         has_reasoning: bool = True,  # False drops it
+        only_marked: bool = False,  # a grammar sees to the marks of calls
     ) -> MessageReader | None:
         """Returns what reads one answer; None if all of it is content."""
         format = self.tools if tools is not None else None
         if format is None and self.reasoning is None:
             return None
         return MessageReader(
-            self._parser(prompt, tools, prefill),
+            self._parser(prompt, tools, prefill, only_marked),
             new_id=tool_parsers.new_id if format is None else format.new_id,
             max_calls=max_calls,
             has_reasoning=has_reasoning,
         )
 
+    def grammar(
+        self,
+        prompt: str,
+        tools: Tools,  # those that may be called
+        tokenizer: Tokenizer,
+        *,
+        prefill: str | None = None,
+        is_free: bool = False,  # there need be no call; those that there are must fit
+        max_calls: int | None = None,
+    ) -> str | None:
+        """Returns the grammar of answers whose calls fit their tools' schemas.
+
+        None if this format has no form that a grammar could hold the model to.
+        """
+        surface = self._surface(tokenizer, is_free)
+        if surface is None or tokenizer.pieces is None:
+            return None
+        return call_grammar(
+            surface,
+            tools,
+            special_id=lambda mark: _special_id(tokenizer, mark),
+            marks=self.marks_for(has_tools=True),
+            thinking=self._thinking(prompt, prefill),
+            is_free=is_free,
+            max_calls=max_calls,
+        )
+
+    def _surface(self, tokenizer: Tokenizer, is_free: bool) -> Surface | None:
+        for surface in () if self.tools is None else self.tools.surfaces:
+            is_there = surface.needs is None or tokenizer.token_of(surface.needs) is not None
+            if is_there and (surface.trigger or not is_free):
+                return surface
+        return None
+
+    def _thinking(self, prompt: str, prefill: str | None) -> Thinking | None:
+        """Returns what thinking an answer may or must begin with."""
+        format = self.reasoning
+        if format is None:
+            return None
+        if format is reasoning.HARMONY:
+            return HARMONY_THINKING
+        state = state_after(format, prompt, prefill)
+        if state == "closed":
+            return None
+        is_open = state == "open" or format.is_open_at_start
+        return Thinking(
+            start=format.starts[0] if state == "unknown" else "",
+            ends=format.ends,
+            is_start_certain=not is_open,
+            is_certain=is_open,
+        )
+
+    def tokens_before_answer(
+        self, prompt: str, tokenizer: Tokenizer, prefill: str | None = None
+    ) -> tuple[int, ...]:
+        """Returns the tokens that end the thinking, if the answer begins with some; else none."""
+        format = self.reasoning
+        if format is None:
+            return ()
+        if format is reasoning.HARMONY:
+            marks = harmony.CHANNEL, harmony.MESSAGE
+            channel, message = (_special_id(tokenizer, mark) for mark in marks)
+            final = tokenizer.encode("final", add_special_tokens=False)
+            return () if channel is None or message is None else (channel, *final, message)
+        state = state_after(format, prompt, prefill)
+        # A model that may as well begin with its answer is held to the form at once.
+        is_open = state == "open" or (state == "unknown" and format.is_open_at_start)
+        end = tokenizer.token_of(format.ends[0])
+        return (end,) if is_open and end is not None else ()
+
     def _parser(
-        self, prompt: str, tools: Tools | None, prefill: str | None
+        self, prompt: str, tools: Tools | None, prefill: str | None, only_marked: bool
     ) -> Callable[[Source], Parse[None]]:
         format = self.tools if tools is not None else None
         thoughts = self.reasoning
         if format is tool_parsers.HARMONY or thoughts is reasoning.HARMONY:
             known = tools if format is tool_parsers.HARMONY else None
             return lambda source: harmony.parse(source, known)
+        read_calls = None if format is None else format.parse
+        if format is not None and format.parse_marked is not None and only_marked:
+            read_calls = format.parse_marked
         state: State = "closed"
         if thoughts is not None:
             state = state_after(thoughts, prompt, prefill)
@@ -85,8 +166,8 @@ class MessageFormat:
                 yield from thinking(
                     source, thoughts, state, format.call_start if format is not None else None
                 )
-            if format is not None and tools is not None:
-                yield from format.parse(source, tools)
+            if read_calls is not None and tools is not None:
+                yield from read_calls(source, tools)
             yield from source.rest(Content)
 
         return parse
@@ -112,6 +193,11 @@ def message_format(
             reasoning.format_of(template or ""),
         ),
     )
+
+
+def _special_id(tokenizer: Tokenizer, mark: str) -> int | None:
+    token = tokenizer.token_of(mark)
+    return token if token in tokenizer.special_ids else None
 
 
 def _chosen(option: str, name: str, known: Mapping[str, T], fitting: T | None) -> T | None:

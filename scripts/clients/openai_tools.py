@@ -1,6 +1,6 @@
 """Talks to a server with the official client: one tool, called, answered, and streamed.
 
-    python scripts/clients/openai_tools.py http://127.0.0.1:8000/v1 MODEL
+python scripts/clients/openai_tools.py http://127.0.0.1:8000/v1 MODEL
 """
 
 from __future__ import annotations

@@ -18,6 +18,7 @@ from jaxserve.server.http import HttpServer, address_of, bind, http_server
 from jaxserve.server.model_text import ModelText
 from jaxserve.server.state import ServerState
 from jaxserve.text.chat_template import ChatTemplate
+from jaxserve.text.grammar import vocabulary_of
 from tests.fakes import EchoEngine, byte_tokenizer
 
 
@@ -105,6 +106,7 @@ class EchoServer:
         async with self.link.client() as client:
             self.state.engine = client
             tokenizer = byte_tokenizer()
+            client.set_vocabulary(vocabulary_of(tokenizer))
             self.state.text = ModelText(
                 tokenizer=tokenizer, chat_template=ChatTemplate(CHAT_TEMPLATE), defaults={}
             )

@@ -91,8 +91,6 @@ def refused(response: httpx2.Response, status: int) -> dict:
         ({"prompt": "a", "best_of": 2}, "best_of"),
         ({"prompt": "a", "prompt_embeds": "AAAA"}, "prompt_embeds"),
         ({"prompt": "a", "guided_json": {}}, "guided_json"),
-        ({"prompt": "a", "structured_outputs": {"regex": "a"}}, "structured_outputs"),
-        ({"prompt": "a", "response_format": {"type": "json_object"}}, "response_format"),
         ({"prompt": "a", "truncate_prompt_tokens": 5}, "truncate_prompt_tokens"),
     ],
 )

@@ -74,8 +74,7 @@ def test_thinking_without_an_end_is_all_reasoning():
 @pytest.mark.parametrize("name", ["qwen3", "deepseek_r1"])
 def test_calls_come_after_the_reasoning(name):
     text = (
-        "<think>Use <tool_call>?</think>\n\n"
-        '<tool_call>{"name": "now", "arguments": {}}</tool_call>'
+        '<think>Use <tool_call>?</think>\n\n<tool_call>{"name": "now", "arguments": {}}</tool_call>'
     )
     said = read(reader("hermes", name), list(text))
     assert (said.content, said.reasoning) == ("", "Use <tool_call>?")

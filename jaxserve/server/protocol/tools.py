@@ -35,7 +35,21 @@ class ToolUse:
     schemas: Tools
     choice: ToolChoice
     max_calls: int | None
+    is_strict: bool  # some tool's calls must fit its schema
     num_bytes: int  # of the definitions as JSON
+
+    @property
+    def callable(self) -> Tools:
+        """The tools that the choice leaves."""
+        choice = self.choice
+        return (
+            {choice.name: self.schemas[choice.name]} if isinstance(choice, Named) else self.schemas
+        )
+
+    @property
+    def is_guaranteed(self) -> bool:
+        """True if calls must fit their tools' schemas."""
+        return self.choice == "required" or isinstance(self.choice, Named) or self.is_strict
 
     @property
     def parsed(self) -> Tools | None:
@@ -57,7 +71,7 @@ def tool_use(
         raise RequestError(
             f"tools has {len(tools)} entries; it takes 1 to {MAX_TOOLS}", param="tools"
         )
-    num_bytes = len(orjson.dumps(tools))
+    num_bytes = _num_bytes(tools)
     if num_bytes > MAX_TOOLS_BYTES:
         raise RequestError(
             f"tools has {num_bytes} bytes; the limit is {MAX_TOOLS_BYTES}", param="tools"
@@ -73,8 +87,16 @@ def tool_use(
         schemas=schemas,
         choice=_choice(choice, schemas),
         max_calls=1 if parallel is False else None,
+        is_strict=any(tool["function"].get("strict") is True for tool in tools),
         num_bytes=num_bytes,
     )
+
+
+def _num_bytes(tools: list[dict[str, Any]]) -> int:
+    try:
+        return len(orjson.dumps(tools))
+    except orjson.JSONEncodeError as error:  # it nests too deep, or holds too large an integer
+        raise RequestError(f"tools cannot be written as JSON: {error}", param="tools") from error
 
 
 def _checked(tool: dict[str, Any], where: str) -> tuple[str, dict[str, Any]]:
@@ -94,6 +116,8 @@ def _checked(tool: dict[str, Any], where: str) -> tuple[str, dict[str, Any]]:
         )
     if not isinstance(function.get("description"), str | None):
         raise RequestError(f"{where}.function.description must be a string", param="tools")
+    if not isinstance(function.get("strict"), bool | None):
+        raise RequestError(f"{where}.function.strict must be a boolean", param="tools")
     schema = function.get("parameters")
     if schema is None:
         return name, {}

@@ -13,6 +13,7 @@ from jaxserve.text.source import Parse, Source
 from jaxserve.text.tool_parsers import (
     deepseek,
     gemma,
+    grammar,
     harmony,
     hermes,
     llama,
@@ -20,6 +21,7 @@ from jaxserve.text.tool_parsers import (
     pythonic,
     qwen_xml,
 )
+from jaxserve.text.tool_parsers.grammar import Surface
 from jaxserve.text.tool_parsers.tools import Tools
 
 
@@ -35,6 +37,8 @@ class ToolFormat:
     name: str
     parse: Callable[[Source, Tools], Parse[None]]
     marks: tuple[str, ...]  # what must be visible, special tokens or not
+    surfaces: tuple[Surface, ...] = ()  # what a grammar can guarantee; the first that fits
+    parse_marked: Callable[[Source, Tools], Parse[None]] | None = None  # if `parse` reads more
     call_start: str | None = None  # the mark that also ends a thinking left open
     new_id: Callable[[], str] = new_id
 
@@ -43,19 +47,25 @@ HERMES = ToolFormat(
     name="hermes",
     parse=hermes.parse,
     marks=(hermes.START, hermes.END),
+    surfaces=(grammar.HERMES,),
+    parse_marked=hermes.parse_marked,
     call_start=hermes.START,
 )
 QWEN_XML = ToolFormat(
     name="qwen3_coder",
     parse=qwen_xml.parse,
     marks=(hermes.START, hermes.END),
+    surfaces=(grammar.QWEN_XML,),
     call_start=qwen_xml.START,
 )
-LLAMA_3 = ToolFormat(name="llama3_json", parse=llama.parse, marks=(llama.TAG,))
+LLAMA_3 = ToolFormat(
+    name="llama3_json", parse=llama.parse, marks=(llama.TAG,), surfaces=(grammar.LLAMA_3,)
+)
 MISTRAL = ToolFormat(
     name="mistral",
     parse=mistral.parse,
     marks=(mistral.START, mistral.CALL_ID, mistral.ARGS),
+    surfaces=(grammar.MISTRAL_NAMED, grammar.MISTRAL_ARRAY),
     new_id=mistral.new_id,
 )
 PYTHONIC = ToolFormat(name="pythonic", parse=pythonic.parse, marks=(pythonic.START, pythonic.END))
@@ -63,9 +73,21 @@ GEMMA_4 = ToolFormat(name="gemma4", parse=gemma.parse_gemma4, marks=gemma.GEMMA_
 FUNCTION_GEMMA = ToolFormat(
     name="functiongemma", parse=gemma.parse_function_gemma, marks=gemma.FUNCTION_GEMMA.all
 )
-DEEPSEEK_V3 = ToolFormat(name="deepseek_v3", parse=deepseek.parse_v3, marks=deepseek.MARKS)
-DEEPSEEK_V31 = ToolFormat(name="deepseek_v31", parse=deepseek.parse_v31, marks=deepseek.MARKS)
-HARMONY = ToolFormat(name="openai", parse=harmony.parse, marks=harmony.MARKS)
+DEEPSEEK_V3 = ToolFormat(
+    name="deepseek_v3",
+    parse=deepseek.parse_v3,
+    marks=deepseek.MARKS,
+    surfaces=(grammar.DEEPSEEK_V3,),
+)
+DEEPSEEK_V31 = ToolFormat(
+    name="deepseek_v31",
+    parse=deepseek.parse_v31,
+    marks=deepseek.MARKS,
+    surfaces=(grammar.DEEPSEEK_V31,),
+)
+HARMONY = ToolFormat(
+    name="openai", parse=harmony.parse, marks=harmony.MARKS, surfaces=(grammar.HARMONY,)
+)
 
 # vLLM's names, so that its flags can be kept.
 FORMATS = {

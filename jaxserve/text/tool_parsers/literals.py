@@ -75,10 +75,7 @@ def string(source: Source) -> Parse[str]:
     """Consumes a quoted string, tripled quotes included, and returns its value."""
     quote = source.take_now(1)
     if (yield from source.peek(2)) == quote * 2:
-        source.take_now(2)
-        if (yield from source.peek()) != quote:
-            return ""
-        quote = quote + source.take_now(1) * 2
+        quote += source.take_now(2)
     parts: list[str] = []
     while True:
         parts.append((yield from source.take_while(lambda char: char != "\\" and char != quote[0])))

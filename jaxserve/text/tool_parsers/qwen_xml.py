@@ -26,6 +26,7 @@ from jaxserve.text.tool_parsers.tools import Tools
 START, END = "<tool_call>", "</tool_call>"
 FUNCTION, FUNCTION_END = "<function=", "</function>"
 PARAMETER, PARAMETER_END = "<parameter=", "</parameter>"
+_MAX_REFERENCES = 8  # in a row
 _KINDS = {
     bool: {"boolean"},
     int: {"integer", "number"},
@@ -67,7 +68,7 @@ def _name(source: Source) -> Parse[str]:
 
 def _parameters(source: Source, schema: Mapping[str, Any], make: CallArguments) -> Parse[None]:
     """Yields the arguments' object up to the end of the function."""
-    properties = schema.get("properties")
+    properties = properties_of(schema)
     lead = "{"
     while True:
         mark = yield from source.until((PARAMETER, FUNCTION_END, END))
@@ -77,15 +78,33 @@ def _parameters(source: Source, schema: Mapping[str, Any], make: CallArguments) 
             key = yield from _name(source)
         except Malformed:
             continue
-        known = properties.get(key) if isinstance(properties, dict) else None
         yield make(f"{lead}{to_json(key)}: ")
-        yield from _value(source, _types_of(known), make)
+        yield from _value(source, types_of(properties.get(key)), make)
         lead = ", "
     if mark:
         yield make("{}" if lead == "{" else "}")
 
 
-def _types_of(schema: Any) -> set[str]:
+def properties_of(schema: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the schema of each parameter, references within the tool's schema followed."""
+    properties = schema.get("properties")
+    if not isinstance(properties, dict):
+        return {}
+    return {key: _resolved(part, schema) for key, part in properties.items()}
+
+
+def _resolved(part: Any, root: Mapping[str, Any]) -> Any:
+    for _ in range(_MAX_REFERENCES):
+        path = part.get("$ref") if isinstance(part, dict) else None
+        if not isinstance(path, str) or not path.startswith("#/"):
+            break
+        part = root
+        for key in path[2:].split("/"):
+            part = part.get(key) if isinstance(part, dict) else None
+    return part
+
+
+def types_of(schema: Any) -> set[str]:
     """Returns the JSON types that a parameter's schema names."""
     types: set[str] = set()
     for part in (schema, *_list_of(schema, "anyOf"), *_list_of(schema, "oneOf")):
