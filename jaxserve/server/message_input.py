@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -27,6 +28,9 @@ PARAM_NAMES = {
     "response_format": "output_config.format",
     "reasoning_effort": "output_config.effort",
 }
+# Claude Code's first line of a system prompt: made for Anthropic, and new with every request, so
+# that no prefix would be found in the cache.
+_BILLING_LINE = re.compile(r"\Ax-anthropic-billing-header:[^\n]*\n*")
 _CHOICES = {"auto": "auto", "any": "required", "none": "none"}
 
 
@@ -129,7 +133,7 @@ def _chat_tool(tool: MessageTool, where: str) -> dict[str, Any]:
 def messages_of(body: CountRequest) -> list[dict[str, Any]]:
     """Returns the conversation as chat messages; the system prompt goes first."""
     messages: list[dict[str, Any]] = []
-    if system := _text(body.system, "system"):
+    if system := _BILLING_LINE.sub("", _text(body.system, "system")):
         messages.append({"role": "system", "content": system})
     for index, message in enumerate(body.messages):
         where = f"messages.{index}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -260,8 +261,20 @@ def _call(item: InputItem, where: str) -> dict[str, Any]:
     return {
         "id": item.call_id,
         "type": "function",
-        "function": {"name": item.name, "arguments": item.arguments},
+        "function": {"name": item.name, "arguments": _json_object(item.arguments or "")},
     }
+
+
+def _json_object(arguments: str) -> str:
+    """Returns a call's arguments; those that were cut off are wrapped, as templates take objects.
+
+    A client sends back what the model once said, and must not be stuck with it.
+    """
+    try:
+        is_object = isinstance(json.loads(arguments or "{}"), dict)
+    except ValueError:
+        is_object = False
+    return arguments if is_object else json.dumps({"INVALID_JSON": arguments}, ensure_ascii=False)
 
 
 def _call_output(item: InputItem, where: str) -> dict[str, Any]:

@@ -64,15 +64,14 @@ class ResponseWriter:
 
     def finish(self, reason: FinishReason, usage: ResponseUsage) -> list[Event]:
         """Returns the last events; `response` is then complete, or incomplete and says why."""
-        is_whole = reason == "stop"
+        is_whole = reason != "length"
         events = [] if self._open or self._output else self._say(_Message, "")
         events += self._close("completed" if is_whole else "incomplete")
-        cause = "max_output_tokens" if reason == "length" else "content_filter"
         self.response = dataclasses.replace(
             self.response,
             status="completed" if is_whole else "incomplete",
             completed_at=int(time.time()) if is_whole else None,
-            incomplete_details=None if is_whole else {"reason": cause},
+            incomplete_details=None if is_whole else {"reason": "max_output_tokens"},
             output=self._output,
             usage=usage,
         )

@@ -72,6 +72,14 @@ def test_blocks_become_messages_calls_and_results():
     assert chat.add_generation_prompt is None
 
 
+def test_the_line_that_changes_with_every_request_is_dropped():
+    billing = "x-anthropic-billing-header: cc_version=2.1; cch=0aaa9;"
+    blocks = [{"type": "text", "text": text} for text in (billing, "Be brief.")]
+    assert chat_of(system=blocks).messages[0] == {"role": "system", "content": "Be brief."}
+    (only,) = chat_of(system=billing).messages
+    assert only["role"] == "user"
+
+
 def test_a_schema_becomes_a_response_format():
     format = {"type": "json_schema", "schema": SCHEMA}
     asked = {"type": "json_schema", "json_schema": {"name": "answer", "schema": SCHEMA}}

@@ -1,5 +1,7 @@
 """Responses requests as chat requests."""
 
+import json
+
 import msgspec
 import pytest
 
@@ -97,6 +99,13 @@ def test_what_the_model_did_in_one_turn_is_one_message():
         {"role": "assistant", "content": "nine"},
         {"role": "assistant", "content": None, "reasoning": "ü"},
     ]
+
+
+def test_arguments_that_were_cut_off_can_be_sent_back():
+    call = {"type": "function_call", "call_id": "1", "name": "add", "arguments": '{"a": "'}
+    (turn,) = messages(call)
+    arguments = json.loads(turn["tool_calls"][0]["function"]["arguments"])
+    assert arguments == {"INVALID_JSON": '{"a": "'}
 
 
 def test_instructions_join_the_system_messages_at_the_start():

@@ -243,6 +243,12 @@ def test_a_server_without_a_store_says_so():
         assert refused(http, 404, previous_response_id="resp_1") == "previous_response_id"
 
 
+def test_a_response_larger_than_the_store_is_not_kept():
+    config = ServerConfig(max_stored_response_bytes=100)
+    with EchoServer(config) as server, httpx2.Client(base_url=server.url) as http:
+        assert http.get(f"/v1/responses/{respond(http)['id']}").status_code == 404
+
+
 def test_an_engine_that_dies_fails_the_stream():
     with (
         EchoServer(dies_at=ord("h"), step_s=0.05) as server,

@@ -12,10 +12,13 @@ from jaxserve.server.protocol.reasoning import Effort
 
 MIN_THINKING_TOKENS = 1024
 
+# Claude Code's context edit, which asks to clear nothing.
+KEEP_THINKING = {"type": "clear_thinking_20251015", "keep": "all"}
+
 # Fields that cannot be honoured, and the values that ask for nothing.
 UNSUPPORTED_IN_MESSAGES: dict[str, tuple[Any, ...]] = {
     "container": (None,),
-    "context_management": (None, {}),
+    "context_management": (None, {}, {"edits": []}, {"edits": [KEEP_THINKING]}),
     "diagnostics": (None,),
     "inference_geo": (None,),
     "mcp_servers": (None, []),
