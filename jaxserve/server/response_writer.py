@@ -42,6 +42,7 @@ class ResponseWriter:
         self._packs_reasoning = packs_reasoning
         self._output: list[OutputItem] = []
         self._open: _Message | _Reasoning | _Call | None = None
+        self._early: list[Any] = []  # log-probabilities of tokens that have brought no text yet
         self._num_events = 0
 
     def start(self) -> list[Event]:
@@ -56,8 +57,9 @@ class ResponseWriter:
         events: list[Event] = []
         if said.reasoning:
             events += self._say(_Reasoning, said.reasoning)
-        if said.content or logprobs:
-            events += self._say(_Message, said.content, logprobs)
+        self._early.extend(logprobs)
+        if said.content or isinstance(self._open, _Message):
+            events += self._say(_Message, said.content)
         for call in said.calls:
             events += self._call(call)
         return events
@@ -92,12 +94,7 @@ class ResponseWriter:
         self._num_events += 1
         return {"type": kind, **fields, "sequence_number": number}
 
-    def _say(
-        self,
-        kind: type[_Message] | type[_Reasoning],
-        text: str,
-        logprobs: Sequence[Any] = (),
-    ) -> list[Event]:
+    def _say(self, kind: type[_Message] | type[_Reasoning], text: str) -> list[Event]:
         item, events = self._open, []
         if not isinstance(item, kind):
             events = self._close("completed")
@@ -107,9 +104,12 @@ class ResponseWriter:
                 self._event("response.content_part.added", **self._place(0), part=item.part(""))
             )
         item.texts.append(text)
-        item.logprobs.extend(logprobs)
-        more = {"logprobs": logprobs} if isinstance(item, _Message) else {}
-        if text or logprobs:
+        more = {}
+        if isinstance(item, _Message):
+            more["logprobs"] = logprobs = self._early
+            self._early = []
+            item.logprobs.extend(logprobs)
+        if text or more.get("logprobs"):
             events.append(self._event(f"{item.kind}.delta", **self._place(0), delta=text, **more))
         return events
 
@@ -185,7 +185,6 @@ class _Reasoning:
     def __init__(self, is_packed: bool) -> None:
         self.id = new_id("rs")
         self.texts: list[str] = []
-        self.logprobs: list[Any] = []
         self._is_packed = is_packed
 
     def part(self, text: str) -> ReasoningText:
