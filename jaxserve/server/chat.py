@@ -24,8 +24,10 @@ from jaxserve.server.generate import (
     collect,
     finite,
     prompt_logprobs_body,
+    shown,
     token_name,
 )
+from jaxserve.server.pacing import kept_alive
 from jaxserve.server.protocol.chat import (
     ChatChoice,
     ChatCompletion,
@@ -42,7 +44,7 @@ _decoder = msgspec.json.Decoder(ChatRequest)
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Reply:
+class Reply:
     """What every part of one reply needs."""
 
     id: str
@@ -52,6 +54,9 @@ class _Reply:
     body: ChatRequest
     generation: Generation
     reading: Reading
+    stream_interval: int  # of streams whose request names none
+    echoed: str = ""  # goes before each answer
+    prompt_text: str | None = None  # where the client asked for it
 
 
 async def create_chat_completion(http: HttpRequest) -> Response:
@@ -60,25 +65,49 @@ async def create_chat_completion(http: HttpRequest) -> Response:
     body = await read_body(http, _decoder)
     reply_id, arrival_s = arrival(http, body, "chatcmpl-")
     model = state.model_name_for(body.model)
-    conversation = await converse(body, state, reply_id=reply_id, arrival_s=arrival_s)
-    is_new_message = body.add_generation_prompt is not False
-    reply = _Reply(
+    conversation = await converse(http, body, reply_id=reply_id, arrival_s=arrival_s)
+    role = role_of(body, state)
+    reply = Reply(
         id=reply_id,
         created=int(time.time()),
         model=model,
-        role=state.config.response_role if is_new_message else body.messages[-1]["role"],
+        role=role,
+        echoed=_last_text(body.messages[-1], role) if body.echo else "",
+        prompt_text=conversation.prompt_text if body.return_prompt_text else None,
         body=body,
         generation=conversation.generation,
         reading=conversation.reading,
+        stream_interval=state.config.stream_interval,
     )
     if body.stream:
         chunks = _chunk_writer(reply)
-        return EventStream(chunks.stream(_writer(reply, chunks)), reply.generation.updates)
+        return EventStream(
+            kept_alive(chunks.stream(_writer(reply, chunks)), state.config.sse_keep_alive_interval),
+            reply.generation.updates,
+        )
     outcomes = await while_connected(http.receive, collect(reply.generation))
-    return JSON(_completion(reply, outcomes))
+    return JSON(completion(reply, outcomes))
 
 
-def _completion(reply: _Reply, outcomes: Sequence[Outcome]) -> ChatCompletion:
+def role_of(body: ChatRequest, state: ServerState) -> str:
+    """Returns the role of the answer: the last message's if that is continued."""
+    if body.add_generation_prompt is not False:
+        return state.config.response_role
+    return str(body.messages[-1].get("role"))
+
+
+def _last_text(message: dict[str, Any], role: str) -> str:
+    """Returns the text of the last message, if it is by the one who answers."""
+    if message.get("role") != role:
+        return ""
+    content = message.get("content") or ""
+    if isinstance(content, str):
+        return content
+    return "\n".join(part if isinstance(part, str) else part["text"] for part in content)
+
+
+def completion(reply: Reply, outcomes: Sequence[Outcome]) -> ChatCompletion:
+    """Returns the body of a reply that does not stream."""
     body, first = reply.body, outcomes[0]
     # Before the usage: it counts what has been read.
     choices = [_choice(reply, outcome) for outcome in outcomes]
@@ -90,12 +119,14 @@ def _completion(reply: _Reply, outcomes: Sequence[Outcome]) -> ChatCompletion:
         usage=reply.generation.usage,
         prompt_logprobs=prompt_logprobs_body(first.prompt_logprobs, body.prompt_logprobs),
         prompt_token_ids=list(first.sample.prompt_tokens) if body.return_token_ids else None,
+        prompt_text=reply.prompt_text,
     )
 
 
-def _choice(reply: _Reply, outcome: Outcome) -> ChatChoice:
+def _choice(reply: Reply, outcome: Outcome) -> ChatChoice:
     index = outcome.sample.index
     said = reply.reading.read(index, outcome.text, outcome.offsets, final=True)
+    said = said._replace(content=reply.echoed + said.content)
     return ChatChoice(
         index=index,
         message=message_body(reply.role, said),
@@ -118,7 +149,8 @@ def logprobs_of(body: ChatRequest, positions: Sequence[PositionLogprobs]) -> Cha
                 logprob=finite(position.chosen.logprob),
                 bytes=list(position.chosen.data),
                 top_logprobs=[
-                    _top_logprob(entry, as_ids) for entry in position.top[: body.top_logprobs or 0]
+                    _top_logprob(entry, as_ids)
+                    for entry in shown(position.top, body, body.top_logprobs or 0)
                 ],
             )
             for position in positions
@@ -132,7 +164,7 @@ def _top_logprob(entry: TokenText, as_ids: bool) -> TopLogprob:
     )
 
 
-def _chunk_writer(reply: _Reply) -> ChunkWriter:
+def _chunk_writer(reply: Reply) -> ChunkWriter:
     return ChunkWriter(
         reply.generation,
         reply.body.stream_options,
@@ -142,17 +174,23 @@ def _chunk_writer(reply: _Reply) -> ChunkWriter:
         kind="chat.completion.chunk",
         text_start=b',"delta":{"content":',
         text_end=b"}",
+        interval=reply.body.stream_interval or reply.stream_interval,
     )
 
 
-def _writer(reply: _Reply, chunks: ChunkWriter) -> Callable[[Sample, Delta], bytes]:
+def _writer(reply: Reply, chunks: ChunkWriter) -> Callable[[Sample, Delta], bytes]:
     """Returns what writes a delta's events: the role's goes first, an empty one is left out."""
     body = reply.body
     role = {"delta": {"role": reply.role, "content": ""}, "logprobs": None, "finish_reason": None}
 
     def write_role(sample: Sample) -> bytes:
-        outer = {"prompt_token_ids": sample.prompt_tokens} if body.return_token_ids else None
-        return chunks.without_text(sample.index, role, outer)
+        outer: dict[str, Any] = {}
+        if body.return_token_ids:
+            outer["prompt_token_ids"] = sample.prompt_tokens
+        if reply.prompt_text is not None:
+            outer["prompt_text"] = reply.prompt_text
+        first = chunks.without_text(sample.index, role, outer)
+        return first + chunks.plain(sample.index, reply.echoed) if reply.echoed else first
 
     def write(sample: Sample, delta: Delta) -> bytes:
         first = b""

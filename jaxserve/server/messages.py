@@ -19,6 +19,7 @@ from jaxserve.server.generate import arrival, params_named
 from jaxserve.server.message_errors import message_error_body
 from jaxserve.server.message_input import PARAM_NAMES, chat_request
 from jaxserve.server.message_writer import Event, MessageWriter
+from jaxserve.server.pacing import kept_alive
 from jaxserve.server.protocol.messages import (
     CountRequest,
     Message,
@@ -103,13 +104,14 @@ async def create_message(http: HttpRequest) -> Response:
     with params_named(PARAM_NAMES):
         chat = chat_request(body)
         reply_id, arrival_s = arrival(http, chat, "msg_")
-        conversation = await converse(chat, state, reply_id=reply_id, arrival_s=arrival_s)
+        conversation = await converse(http, chat, reply_id=reply_id, arrival_s=arrival_s)
     message = Message(id=reply_id, model=model, content=[], usage=usage_of(conversation))
     reply = _Reply(
         max_tokens=body.max_tokens, conversation=conversation, writer=MessageWriter(message)
     )
     if body.stream:
-        return EventStream(reply.frames(), conversation.generation.updates)
+        frames = kept_alive(reply.frames(), state.config.sse_keep_alive_interval)
+        return EventStream(frames, conversation.generation.updates)
     return JSON(await while_connected(http.receive, reply.whole()))
 
 

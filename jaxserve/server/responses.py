@@ -21,6 +21,7 @@ from jaxserve.server.content_logprobs import ContentLogprobs
 from jaxserve.server.conversation import Conversation, converse
 from jaxserve.server.events import JSON, EventStream, error_body, named_events, while_connected
 from jaxserve.server.generate import arrival, params_named
+from jaxserve.server.pacing import kept_alive
 from jaxserve.server.protocol.chat import ChatRequest, TokenLogprob
 from jaxserve.server.protocol.responses import (
     INCLUDE_REASONING,
@@ -136,8 +137,8 @@ async def create_response(http: HttpRequest) -> HttpResponse:
         chat = chat_request(body, items)
         request_id, arrival_s = arrival(http, chat, "resp_")
         conversation = await converse(
+            http,
             chat,
-            state,
             reply_id=request_id,
             arrival_s=arrival_s,
             cuts=body.truncation == "auto",
@@ -152,7 +153,8 @@ async def create_response(http: HttpRequest) -> HttpResponse:
         logprobs=ContentLogprobs(conversation.reading.readers[0]),
     )
     if body.stream:
-        return EventStream(reply.frames(), conversation.generation.updates)
+        frames = kept_alive(reply.frames(), state.config.sse_keep_alive_interval)
+        return EventStream(frames, conversation.generation.updates)
     return JSON(await while_connected(http.receive, reply.whole()))
 
 

@@ -14,13 +14,13 @@ from typing import Any
 
 import anthropic
 
-ADD = {
-    "name": "add",
-    "description": "Adds two integers.",
+WEATHER = {
+    "name": "get_weather",
+    "description": "Tells the weather of a city.",
     "input_schema": {
         "type": "object",
-        "properties": {"a": {"type": "integer"}, "b": {"type": "integer"}},
-        "required": ["a", "b"],
+        "properties": {"city": {"type": "string", "description": "the city's name"}},
+        "required": ["city"],
     },
 }
 CITY = {
@@ -34,7 +34,9 @@ CITY = {
 }
 ROME = "Describe Rome as JSON with its name and its country."
 GREEDY = {"temperature": 0}  # newer clients have no argument for it
-SUM = "What is 1234 + 5678? Use the add tool."
+WANTED = "Call get_weather whenever you are asked for the weather."
+QUESTION = "What is the weather in Paris?"
+RESULT = json.dumps({"temperature_celsius": 31, "sky": "sunny"})
 
 
 def main() -> None:
@@ -128,8 +130,14 @@ def refuse(client: anthropic.Anthropic) -> None:
 
 def use_a_tool(client: anthropic.Anthropic, *, is_streamed: bool) -> None:
     """Lets the model use a tool, and gives it the result."""
-    messages: list[Any] = [{"role": "user", "content": SUM}]
-    asked: dict[str, Any] = {"model": "", "tools": [ADD], "max_tokens": 256, "extra_body": GREEDY}
+    messages: list[Any] = [{"role": "user", "content": QUESTION}]
+    asked: dict[str, Any] = {
+        "model": "",
+        "system": WANTED,
+        "tools": [WEATHER],
+        "max_tokens": 96,
+        "extra_body": GREEDY,
+    }
     if is_streamed:
         with client.messages.stream(messages=messages, **asked) as events:
             message = events.get_final_message()
@@ -140,15 +148,23 @@ def use_a_tool(client: anthropic.Anthropic, *, is_streamed: bool) -> None:
     results = []
     for use in uses:
         print(f"> {use.name}({use.input})")
-        result = str(sum(use.input.values()))
-        results.append({"type": "tool_result", "tool_use_id": use.id, "content": result})
+        assert "Paris" in use.input["city"]
+        results.append({"type": "tool_result", "tool_use_id": use.id, "content": RESULT})
     messages += [
         {"role": "assistant", "content": message.content},
         {"role": "user", "content": results},
     ]
-    answer = client.messages.create(messages=messages, **asked)
+    answer = client.messages.create(messages=messages, tool_choice={"type": "none"}, **asked)
     print(f"> {text_of(answer)!r} ({answer.stop_reason})")
-    assert "6912" in text_of(answer).replace(",", "")
+    assert "31" in text_of(answer) or "sunny" in text_of(answer)
+    forced = client.messages.create(
+        messages=[{"role": "user", "content": "Tell me a joke."}],
+        tool_choice={"type": "any", "disable_parallel_tool_use": True},
+        **asked,
+    )
+    (use,) = [block for block in forced.content if block.type == "tool_use"]
+    print(f"> {use.name}({use.input}), as it had to")
+    assert set(use.input) == {"city"}
 
 
 if __name__ == "__main__":

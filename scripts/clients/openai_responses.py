@@ -14,14 +14,14 @@ from typing import Any
 
 import openai
 
-ADD = {
+WEATHER = {
     "type": "function",
-    "name": "add",
-    "description": "Adds two integers.",
+    "name": "get_weather",
+    "description": "Tells the weather of a city.",
     "parameters": {
         "type": "object",
-        "properties": {"a": {"type": "integer"}, "b": {"type": "integer"}},
-        "required": ["a", "b"],
+        "properties": {"city": {"type": "string", "description": "the city's name"}},
+        "required": ["city"],
     },
     "strict": False,
 }
@@ -35,7 +35,9 @@ CITY = {
     "additionalProperties": False,
 }
 ROME = "Describe Rome as JSON with its name and its country."
-SUM = "What is 1234 + 5678? Use the add tool."
+WANTED = "Call get_weather whenever you are asked for the weather."
+QUESTION = "What is the weather in Paris?"
+RESULT = json.dumps({"temperature_celsius": 31, "sky": "sunny"})
 
 
 def main() -> None:
@@ -116,8 +118,14 @@ def keep_to_a_schema(client: openai.OpenAI, model: str) -> None:
 
 def call_a_tool(client: openai.OpenAI, model: str, *, is_streamed: bool) -> None:
     """Lets the model call a function, and gives it the result."""
-    items: list[Any] = [{"role": "user", "content": SUM}]
-    asked: dict[str, Any] = {"model": model, "tools": [ADD], "temperature": 0}
+    items: list[Any] = [{"role": "user", "content": QUESTION}]
+    asked: dict[str, Any] = {
+        "model": model,
+        "instructions": WANTED,
+        "tools": [WEATHER],
+        "temperature": 0,
+        "max_output_tokens": 96,
+    }
     if is_streamed:
         events = list(client.responses.create(input=items, **asked, stream=True))
         response = events[-1].response
@@ -131,13 +139,17 @@ def call_a_tool(client: openai.OpenAI, model: str, *, is_streamed: bool) -> None
     items += response.output
     for call in calls:
         print(f"> {call.name}({call.arguments})")
-        result = sum(json.loads(call.arguments).values())
-        items.append(
-            {"type": "function_call_output", "call_id": call.call_id, "output": str(result)}
-        )
-    answer = client.responses.create(input=items, **asked)
+        assert "Paris" in json.loads(call.arguments)["city"]
+        items.append({"type": "function_call_output", "call_id": call.call_id, "output": RESULT})
+    answer = client.responses.create(input=items, tool_choice="none", **asked)
     print(f"> {answer.output_text!r} ({answer.status})")
-    assert "6912" in answer.output_text.replace(",", "")
+    assert "31" in answer.output_text or "sunny" in answer.output_text
+    forced = client.responses.create(
+        input="Tell me a joke.", tool_choice="required", parallel_tool_calls=False, **asked
+    )
+    (call,) = [item for item in forced.output if item.type == "function_call"]
+    print(f"> {call.name}({call.arguments}), as it had to")
+    assert set(json.loads(call.arguments)) == {"city"}
 
 
 if __name__ == "__main__":
