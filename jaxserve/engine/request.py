@@ -78,6 +78,7 @@ class SamplingParams:
         object.__setattr__(
             self, "logprob_token_ids", tuple(dict.fromkeys(self.logprob_token_ids or ()))
         )
+        object.__setattr__(self, "shown_special_tokens", tuple(self.shown_special_tokens))
         if self.allowed_token_ids is not None:
             object.__setattr__(self, "allowed_token_ids", tuple(self.allowed_token_ids))
         _check_numbers(self)

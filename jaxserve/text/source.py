@@ -220,9 +220,11 @@ def _first_of(markers: tuple[str, ...], text: str) -> tuple[int, str]:
 
 def _overlap(text: str, markers: tuple[str, ...]) -> int:
     """Returns how many of the last characters of `text` could begin a marker."""
-    longest = max(map(len, markers)) - 1
-    for start in range(max(0, len(text) - longest), len(text)):
-        tail = text[start:]
-        if any(marker.startswith(tail) for marker in markers):
-            return len(tail)
-    return 0
+    longest = 0
+    for marker in markers:
+        start = text.find(marker[0], max(0, len(text) - len(marker) + 1))
+        while start >= 0 and not marker.startswith(text[start:]):
+            start = text.find(marker[0], start + 1)
+        if start >= 0:
+            longest = max(longest, len(text) - start)
+    return longest

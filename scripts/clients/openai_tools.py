@@ -1,4 +1,4 @@
-"""Talks to a server with the official client: one tool, called, answered, and streamed.
+"""Talks to a server with the official client: one tool, called, streamed, answered, and forced.
 
 python scripts/clients/openai_tools.py http://127.0.0.1:8000/v1 MODEL
 """
@@ -23,6 +23,7 @@ WEATHER = {
         },
     },
 }
+NAMED = {"type": "function", "function": {"name": "get_weather"}}
 SYSTEM = {"role": "system", "content": "Call get_weather whenever you are asked for the weather."}
 QUESTION = {"role": "user", "content": "What is the weather in Paris?"}
 TOOL_RESULT = {"temperature_celsius": 31, "sky": "sunny"}
@@ -85,13 +86,18 @@ def check(client: openai.OpenAI, model: str) -> None:
     for each in choice.message.tool_calls:
         result = {"role": "tool", "tool_call_id": each.id, "content": json.dumps(TOOL_RESULT)}
         talk.append(result)
-    answer = ask(client, model, talk)
+    answer = ask(client, model, talk, tool_choice="none")
     print(answer.message.content)
-    assert answer.finish_reason == "stop" and not answer.message.tool_calls
+    assert answer.finish_reason in ("stop", "length") and not answer.message.tool_calls
     assert "31" in answer.message.content or "sunny" in answer.message.content
 
-    silent = ask(client, model, talk[:2], tool_choice="none")
-    assert silent.finish_reason in ("stop", "length") and not silent.message.tool_calls
+    joke: list[Any] = [{"role": "user", "content": "Tell me a joke."}]
+    for forced, reason in (("required", "tool_calls"), (NAMED, "stop")):
+        choice = ask(client, model, joke, tool_choice=forced, parallel_tool_calls=False)
+        print(choice.message.to_json(indent=None))
+        assert choice.finish_reason == reason, choice.finish_reason
+        (call,) = choice.message.tool_calls
+        assert set(json.loads(call.function.arguments)) == {"city"}
 
 
 def main() -> None:

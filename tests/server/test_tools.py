@@ -28,6 +28,8 @@ WEATHER = {
     },
 }
 CALL = '<tool_call>{"name": "weather", "arguments": {"city": "Rome"}}</tool_call>'
+# Neither its beginning nor its name nor its city is what a grammar would let pass.
+WRONG = '!tool_call>\n{"name": "whether", "arguments": {"city": "Oslo"}}\n</tool_call>'
 # Renders nothing but the last message, and "tools" so that it is one that knows them.
 TEMPLATE = (
     "{% if tools and show %}{{ tools[0].function.name }}{% endif %}{{ messages[-1].content }}"
@@ -123,7 +125,6 @@ def test_a_stream_gives_id_type_and_name_once_and_then_arguments(http):
         assert all(set(call) == {"index", "function"} for call in rest)
         arguments = [call["function"]["arguments"] for call in (first, *rest)]
         assert "".join(arguments) == '{"city": "Rome"}'
-        assert len(arguments) > 5
     assert last["choices"][0]["finish_reason"] == "tool_calls"
 
 
@@ -135,7 +136,7 @@ def test_only_the_first_call_is_kept_without_parallel_calls(http):
 def test_a_call_that_is_cut_short_is_told_by_the_finish_reason(http):
     (choice,) = chat(http, CALL, max_tokens=50)["choices"]
     assert choice["finish_reason"] == "length"
-    assert choice["message"]["tool_calls"][0]["function"]["arguments"] == '{"cit'
+    assert choice["message"]["tool_calls"][0]["function"]["arguments"] == '{"city'
 
 
 def test_without_tools_or_with_the_choice_none_calls_are_text(http):
@@ -153,14 +154,15 @@ def test_tools_reach_the_template(http):
     "choice", ["required", {"type": "function", "function": {"name": "weather"}}]
 )
 def test_a_call_can_be_forced(http, choice):
-    body = {"tool_choice": choice, "max_tokens": 200}
-    (told,) = chat(http, "I would rather talk", **body)["choices"]
-    (call,) = told["message"]["tool_calls"][:1]
+    body = {"tool_choice": choice, "max_tokens": 100}
+    (told,) = chat(http, WRONG, **body)["choices"]
+    call = told["message"]["tool_calls"][0]
     assert told["message"]["content"] is None
+    assert call["function"]["name"] == "weather"
     assert json.loads(call["function"]["arguments"]) == {"city": "Rome"}
     if choice != "required":
         assert told["finish_reason"] == "stop"
-        deltas = [event["choices"][0]["delta"] for event in events(http, "I would rather", **body)]
+        deltas = [event["choices"][0]["delta"] for event in events(http, WRONG, **body)]
         calls = [call for delta in deltas for call in delta.get("tool_calls", ())]
         assert "".join(call["function"]["arguments"] for call in calls) == '{"city": "Rome"}'
 

@@ -141,7 +141,7 @@ def _choice(choice: Any, schemas: Tools) -> ToolChoice:
             param="tool_choice",
         )
     name = function.get("name")
-    if name not in schemas:
+    if not isinstance(name, str) or name not in schemas:
         raise RequestError(
             f"tool_choice names {str(name)[:80]!r}; tools has no such function", param="tool_choice"
         )
