@@ -282,7 +282,7 @@ class Scheduler:
         is_first = sequence.num_outputs == 1
         self.totals.generation_tokens += 1
         self.totals.prompt_tokens += sequence.num_prompt if is_first else 0
-        tells = is_first or reason is not None or sequence.num_preemptions
+        tells = is_first or end_reason is not None or sequence.num_preemptions
         scores_prompt = is_first and params.prompt_logprobs is not None
         return Update(
             request_id=sequence.request.request_id,

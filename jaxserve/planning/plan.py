@@ -279,7 +279,7 @@ def estimates(
 
 
 def _shapes(count: int) -> Iterator[MeshShape]:
-    """Yields the meshes of `count` devices: large ranks first, and experts split last."""
+    """Yields the meshes of `count` devices: large ranks first, in each few groups of experts."""
     for rank_devices in _divisors(count)[::-1]:
         for expert in _divisors(rank_devices):
             yield MeshShape(

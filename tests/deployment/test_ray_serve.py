@@ -189,7 +189,7 @@ def test_a_killed_replica_takes_no_request_of_the_other_with_it(cluster):
     engines = [pid for pid, command in processes.items() if "jaxserve.engine.process" in command]
     assert (len(replicas), len(engines)) == (2, 2)
     streams = [Stream(cluster.url) for _ in range(NUM_STREAMS)]
-    wait_until(lambda: sum(stream.num_events > 5 for stream in streams) >= NUM_STREAMS / 2)
+    wait_until(lambda: sum(stream.num_events > 5 for stream in streams) >= NUM_STREAMS / 2, 60)
     os.kill(replicas[0], signal.SIGKILL)
     for stream in streams:
         stream.join()

@@ -187,37 +187,40 @@ def test_a_stranger_on_the_port_is_ignored(greeting):
     leader.peers.end()
 
 
-def test_strangers_that_say_nothing_or_little_keep_nobody_waiting(monkeypatch):
-    monkeypatch.setattr(leading, "GREETING_S", 0.5)
+def test_strangers_that_say_nothing_keep_nobody_waiting(monkeypatch):
+    monkeypatch.setattr(leading, "GREETING_S", 2.0 * WAIT_S)
     port = free_port()
-    leader = Node(place(count=3, port=port))
+    leader = Node(place(port=port))
     leader.wait_for_line("waiting")
     with contextlib.ExitStack() as stack:
-        silent = [
-            stack.enter_context(socket.create_connection(("127.0.0.1", port))) for _ in range(8)
-        ]
-        start_s = time.monotonic()
-        assert Node(place(1, count=3, port=port)).error is None
-        leader.wait_for_line("process 1 is there")
-        # A byte now and then does not move the end of the greeting.
-        with contextlib.suppress(OSError):
-            while True:
-                silent[0].sendall(b"\0")
-                assert time.monotonic() - start_s < WAIT_S
-                time.sleep(0.05)
-        assert Node(place(2, count=3, port=port)).joined() is None
+        for _ in range(3):
+            stack.enter_context(socket.create_connection(("127.0.0.1", port)))
+        assert Node(place(1, port=port)).joined() is None
         assert leader.joined() is None
     leader.peers.end()
 
 
+def test_a_greeting_ends_in_time_however_slowly_it_comes(monkeypatch):
+    ours, theirs = socket.socketpair()
+    monkeypatch.setattr(leading, "GREETING_S", 0.3)
+    leader = Leader(place(), FACTS, print, print)
+    greeting = threading.Thread(target=leader._greet, args=(theirs, "stranger"), daemon=True)
+    greeting.start()
+    with ours, contextlib.suppress(OSError):  # closed, as it is to be
+        ours.sendall(link.LENGTH.pack(1000))
+        for _ in range(200):
+            ours.sendall(b"\0")
+            time.sleep(0.02)
+    assert not greeting.is_alive()
+    leader.end()
+
+
 def test_a_process_0_that_is_slow_to_greet_is_not_lost(monkeypatch):
-    monkeypatch.setattr(link, "LOST_S", 0.3)
+    monkeypatch.setattr(link, "LOST_S", 1.5)
     greet = Leader._greet
-    monkeypatch.setattr(Leader, "_greet", lambda *args: (time.sleep(1.5), greet(*args))[1])
-    monkeypatch.setattr(leading, "GREETING_S", 30.0)
+    monkeypatch.setattr(Leader, "_greet", lambda *args: (time.sleep(2.5), greet(*args))[1])
     port = free_port()
     nodes = [Node(place(index, port=port)) for index in range(2)]
-    monkeypatch.setattr(link, "LOST_S", 30.0)  # both are there: only the wait was to be short
     assert [node.joined() for node in nodes] == [None, None]
     nodes[0].peers.end()
 

@@ -186,10 +186,10 @@ def test_special_tokens_are_framed_as_asked(server, http):
             body = {"prompt": "a", "max_tokens": 1, "return_token_ids": True}
             reply = complete(http, add_special_tokens=add, **body)
             assert reply["choices"][0]["prompt_token_ids"] == expected
-        body = {"prompt": [97, 257], "max_tokens": 2}
+        body = {"prompt": [97, 259], "max_tokens": 2}
         assert complete(http, **body)["choices"][0]["text"] == "a"
         reply = complete(http, skip_special_tokens=False, **body)
-        assert reply["choices"][0]["text"] == "a<eos>"
+        assert reply["choices"][0]["text"] == "a<|end|>"
 
 
 def test_a_suffix_makes_a_prompt_to_fill_in(server):

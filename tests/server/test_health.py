@@ -89,10 +89,9 @@ def test_metrics_count_what_was_served_under_both_names(http):
     assert samples["jaxserve:kv_pages_free", None].value == 100
     facts = samples["jaxserve:engine_info", None].labels
     assert (facts["mesh"], facts["num_processes"]) == ("1x1", "1")
+    assert (facts["attention"], facts["experts"]) == ("none", "none")
     assert samples["jaxserve:compiles_since_ready_total", None].value == 0
     assert samples["jaxserve:host_gap_seconds_total", None].value == 0
-    chosen = samples["jaxserve:engine_info", None].labels
-    assert (chosen["attention"], chosen["experts"]) == ("none", "none")
 
 
 # What vLLM's own test of its /metrics requires.

@@ -324,15 +324,18 @@ async def test_a_cluster_ends_in_order_only_where_nothing_failed(reason, status)
 
 
 async def test_a_front_that_stood_still_does_not_blame_the_engine(monkeypatch):
-    monkeypatch.setattr(ipc, "ALIVE_S", 0.1)
-    async with EchoLink().client() as client:
-        asked = 0
+    monkeypatch.setattr(ipc, "ALIVE_S", 0.2)
+    link = EchoLink()
+    async with link.client() as client:
+        asked, stats = 0, link.engine.stats
+        # The answer comes while the loop stands still, not before.
+        monkeypatch.setattr(link.engine, "stats", lambda: (time.sleep(0.05), stats())[1])
 
         async def stand_still() -> None:
             nonlocal asked
             asked += 1
             if asked == 1:  # once the frame has left
-                asyncio.get_running_loop().call_soon(time.sleep, 1.3)
+                asyncio.get_running_loop().call_soon(time.sleep, 1.5)
             await IpcClient.stats(client)
 
         monkeypatch.setattr(client, "stats", stand_still)

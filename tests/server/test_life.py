@@ -162,6 +162,7 @@ async def test_a_server_whose_http_ends_does_not_stay(model):
     app = app_over_echo(model)
     sock = bind("127.0.0.1", 0)
     sock.close()
+    process = _Process(app.state.life, http_server(app, app.state.server.config))
     with pytest.raises(OSError):
-        await _Process(app.state.life, http_server(app, app.state.server.config)).run(sock)
+        await asyncio.wait_for(process.run(sock), 30)
     assert app.state.life.is_over.is_set() and children() == before
