@@ -43,7 +43,9 @@ def tool_use_of(body: ChatRequest, text: ModelText) -> ToolUse | None:
     use = tool_use(body.tools, body.tool_choice, body.parallel_tool_calls)
     if use is None or use.choice == "none":
         return use
-    if text.chat_template is not None and "tools" not in text.chat_template.source:
+    template = text.chat_template.source if text.chat_template is not None else None
+    template = body.chat_template or template
+    if template is not None and "tools" not in template:
         raise RequestError(
             "the model's chat template takes no tools; see --chat-template", param="tools"
         )
