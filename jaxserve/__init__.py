@@ -9,6 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from jaxserve.beam_search import BeamSearchParams
     from jaxserve.engine.request import SamplingParams
     from jaxserve.llm import LLM, generate
     from jaxserve.outputs import CompletionOutput, RequestOutput
@@ -18,6 +19,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "LLM",
+    "BeamSearchParams",
     "CompletionOutput",
     "RequestOutput",
     "SamplingParams",
@@ -27,6 +29,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "BeamSearchParams": "jaxserve.beam_search",
     "LLM": "jaxserve.llm",
     "generate": "jaxserve.llm",
     "SamplingParams": "jaxserve.engine.request",

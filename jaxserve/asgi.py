@@ -12,10 +12,11 @@ from starlette.types import ASGIApp
 
 from jaxserve.cli import serve_configs
 from jaxserve.config import EngineConfig, ServerConfig
+from jaxserve.engine.cluster import check_alone
 from jaxserve.errors import ConfigError
 
 # What whoever hosts the application decides: it opens the socket and writes the log.
-HOST_DECIDES = ("host", "port", "header_timeout_s", "log_level")
+HOST_DECIDES = ("host", "port", "header_timeout_s", "log_level", "log_format")
 
 
 def create_app() -> ASGIApp:
@@ -31,9 +32,10 @@ def create_app() -> ASGIApp:
 def hosted_configs(argv: Sequence[str]) -> tuple[EngineConfig, ServerConfig]:
     """Returns both configs from `serve`'s arguments, for an application under another host.
 
-    Raises `ConfigError` if they set what only the host can.
+    Raises `ConfigError` if they set what only the host can, or what several processes need.
     """
     engine, server = serve_configs(argv)
+    check_alone(server)
     defaults = ServerConfig()
     for name in HOST_DECIDES:
         value = getattr(server, name)

@@ -7,7 +7,8 @@ from typing import Protocol, TypeAlias
 import flax.struct
 import jax
 
-from pallas_kernels.ragged_paged_attention import Backend, LayerCache
+from pallas_kernels import grouped_matmul, ragged_paged_attention
+from pallas_kernels.ragged_paged_attention import LayerCache
 
 
 @flax.struct.dataclass
@@ -44,7 +45,9 @@ class Batch:
     page_table: jax.Array  # [sequences, pages_per_sequence] i32
     cu_q_lens: jax.Array  # [sequences + 1] i32, where each sequence's tokens begin
     counts: jax.Array  # [2] i32: sequences of one token (they come first), all sequences
-    attention: Backend = flax.struct.field(pytree_node=False)  # what `ops.attention` calls
+    # What `ops.attention` and `ops.moe` call.
+    attention: ragged_paged_attention.Backend = flax.struct.field(pytree_node=False)
+    experts: grouped_matmul.Backend = flax.struct.field(pytree_node=False)
 
 
 class Model(Protocol):

@@ -1,4 +1,4 @@
-"""The command line: parses argv and the environment, the only module that does, and runs a command.
+"""The command line: parses argv, the only module that does, and the environment; runs a command.
 
 Flags are generated from the config dataclasses. Each command imports what it needs when it runs,
 so that `--help` stays quick.
@@ -25,7 +25,9 @@ from jaxserve.config import (
 )
 from jaxserve.errors import ConfigError, JaxserveError
 from jaxserve.options import (
+    BatchOptions,
     ChatOptions,
+    CompleteOptions,
     GenerateOptions,
     LatencyBenchOptions,
     PlanOptions,
@@ -90,6 +92,17 @@ def build_parser() -> Parser:
         commands, "generate", "continue prompts and print the text", _generate, GenerateOptions
     )
     _add_command(commands, "chat", "talk to a server, or to a model here", _chat, ChatOptions)
+    _add_command(
+        commands,
+        "complete",
+        "go on with texts, by a server",
+        _complete,
+        CompleteOptions,
+        with_engine=False,
+    )
+    _add_command(
+        commands, "run-batch", "answer a file of requests, offline", _run_batch, BatchOptions
+    )
     bench = commands.add_parser("bench", help="measure a server or the engine")
     bench.set_defaults(parser=bench, flags=("--help",))
     benches = bench.add_subparsers(metavar="BENCH", title="benchmarks", required=True)
@@ -328,7 +341,7 @@ def _serve(args: argparse.Namespace) -> int:
     engine_config, server_config = _configs(args)
     from jaxserve.server.main import run as run_server
 
-    return run_server(engine_config, server_config)
+    return run_server(engine_config, server_config, environ=os.environ)
 
 
 def _generate(args: argparse.Namespace) -> int:
@@ -352,6 +365,23 @@ def _chat(args: argparse.Namespace) -> int:
         options = dataclasses.replace(options, api_key=_api_key(options.api_key))
         return chat_with_server(options)
     return chat_here(engine_config, options)
+
+
+def _complete(args: argparse.Namespace) -> int:
+    options = _options(args, CompleteOptions)
+    from jaxserve.repl import complete_with_server
+
+    return complete_with_server(dataclasses.replace(options, api_key=_api_key(options.api_key)))
+
+
+def _run_batch(args: argparse.Namespace) -> int:
+    options = _options(args, BatchOptions)
+    if not options.input_file or not options.output_file:
+        _fail(args, "give the files with -i and -o")
+    engine_config, server_config = _configs(args)
+    from jaxserve.run_batch import run_batch
+
+    return run_batch(engine_config, server_config, options)
 
 
 def _bench_serve(args: argparse.Namespace) -> int:
@@ -381,7 +411,10 @@ def _plan(args: argparse.Namespace) -> int:
     options = _options(args, PlanOptions)
     engine_config = _engine_config(args)
     from jaxserve.planning.report import run_plan
+    from jaxserve.planning.targets import COMPILER_ENVIRONMENT
 
+    for name, value in COMPILER_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
     return run_plan(engine_config, options)
 
 

@@ -57,26 +57,36 @@ class EngineConfig:
         "checkpoint's scales, else fp8 takes 1 and int8 measures its own",
     )
     attention_backend: Literal["auto", "reference", "tpu", "gpu"] = option(
-        "auto", "attention kernel; `auto` is the one made for the device, else the reference"
+        "auto",
+        "attention kernel; `auto` is the one made for the device, else the reference; `reference` "
+        "keeps experts off kernels, too",
     )
     max_model_len: int | Auto = option("auto", "context length in tokens", low=1)
-    max_num_seqs: int | Auto = option("auto", "sequences that run at once (slots)", low=1)
+    max_num_seqs: int | Auto = option(
+        "auto", "sequences of each data rank that run at once (slots)", low=1
+    )
     max_num_batched_tokens: int | Auto = option(
-        "auto", "tokens computed in one step at most", low=1
+        "auto", "tokens that each data rank computes in one step at most", low=1
     )
     page_size: int | Auto = option("auto", "token positions in one KV page", "--block-size", low=1)
     num_pages: int | Auto = option(
-        "auto", "KV pages, overriding memory", "--num-gpu-blocks-override", low=1
+        "auto", "KV pages of each data rank, overriding memory", "--num-gpu-blocks-override", low=1
     )
-    kv_cache_memory_bytes: int | Auto = option("auto", "memory for KV pages, e.g. `2GiB`", low=1)
+    kv_cache_memory_bytes: int | Auto = option(
+        "auto", "memory of each device for KV pages, e.g. `2GiB`", low=1
+    )
     gpu_memory_utilization: float = option(
         0.9, "part of device memory to use, where it is known", low=0.01, high=1.0
     )
     enable_prefix_caching: bool = option(True, "reuse pages of equal prompt prefixes")
     scheduling_policy: Literal["fcfs", "priority"] = option("fcfs", "order of waiting requests")
     max_num_queued_reqs: int | Auto = option("auto", "waiting requests before 429", low=1)
-    mesh: str = option("1", "devices as data x tensor, e.g. `2x4`")
-    max_logprobs: int = option(20, "most logprobs a request may ask for", low=0)
+    mesh: str = option(
+        "1", "devices as data x tensor, e.g. `2x4`, or data x expert x tensor, e.g. `1x2x4`"
+    )
+    max_logprobs: int = option(
+        20, "most logprobs a request may ask for; -1 is the vocabulary", low=-1
+    )
     seed: int = option(
         0, "seed of LLM's unseeded requests and of dummy weights", low=0, high=2**32 - 1
     )
@@ -119,9 +129,15 @@ class ServerConfig:
         "gemma4",
         "openai_gptoss",
     ] = option("auto", "how the model marks its thinking; `auto` asks its chat template")
+    trust_request_chat_template: bool = option(
+        False, "take chat templates from requests; each is rendered in a process with limits"
+    )
     response_role: str = option("assistant", "role of generated messages")
-    generation_config: Literal["auto", "jaxserve"] = option(
-        "auto", "`auto` takes sampling defaults from the model"
+    generation_config: Literal["auto", "jaxserve", "vllm"] = option(
+        "auto", "`auto` takes sampling defaults from the model, the others take none"
+    )
+    override_generation_config: str = option(
+        "", 'sampling defaults as JSON, over the model\'s, e.g. `{"temperature": 0.5}`'
     )
     max_body_bytes: int = option(32 * 2**20, "largest request body, e.g. `32MiB`", low=1)
     body_timeout_s: float = option(60.0, "time for a request body to arrive", low=0.01)
@@ -130,6 +146,15 @@ class ServerConfig:
         30.0, "seconds running requests get to finish on SIGTERM", low=0.0
     )
     enable_prompt_tokens_details: bool = option(False, "report cached prompt tokens in usage")
+    enable_request_id_headers: bool = option(False, "answer with the header X-Request-Id")
+    enable_tokenizer_info_endpoint: bool = option(False, "serve GET /tokenizer_info")
+    disable_docs: bool = option(
+        False, "serve neither /docs nor /openapi.json", "--disable-fastapi-docs"
+    )
+    stream_interval: int = option(1, "tokens in a chunk of a stream", low=1)
+    sse_keep_alive_interval: float = option(
+        0.0, "seconds after which a silent stream sends a comment; 0 is never", low=0.0
+    )
     coordinator: str | Auto = option(
         "auto",
         "HOST:PORT of process 0, where several run one model; `auto` asks Slurm, Kubernetes or "
@@ -139,7 +164,8 @@ class ServerConfig:
     process_id: int | Auto = option("auto", "which of them this is; 0 serves HTTP", low=0)
     health_port: int | Auto = option(
         "auto",
-        "port where the other processes answer /health; `auto` is `port`, unless it is taken",
+        "port where the other processes answer /health; `auto` is `port`, unless process 0 is on "
+        "the same host or it is taken",
         low=0,
         high=65535,
     )
@@ -148,6 +174,10 @@ class ServerConfig:
         60.0, "seconds after which a step of several processes counts as hung", low=1.0
     )
     log_level: Literal["debug", "info", "warning", "error"] = option("info", "what to log")
+    log_format: Literal["text", "json"] = option("text", "form of a log line")
+    enable_log_requests: bool = option(
+        False, "log a line for each request: id, path, status, counts and times, never its text"
+    )
 
 
 def compile_cache_path(config: EngineConfig) -> Path | None:

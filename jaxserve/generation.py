@@ -13,7 +13,9 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from jaxserve.engine.info import EngineInfo
+from jaxserve.engine.repetition import RepetitionWatch
 from jaxserve.engine.request import (
+    ALL_LOGPROBS,
     MAX_BAD_WORDS,
     FinishReason,
     Request,
@@ -119,11 +121,6 @@ def _resolve(
     params: SamplingParams, num_prompt: int, tokenizer: Tokenizer, info: EngineInfo
 ) -> SamplingParams:
     """Returns `params` as the engine needs them: text as tokens or grammar, a length that fits."""
-    if params.n > 1 and params.is_greedy:
-        raise RequestError(
-            f"n is {params.n}; it must be 1 when temperature is 0: all samples would be equal",
-            param="n",
-        )
     if params.stop and not params.detokenize:
         raise RequestError("stop needs detokenize to be true", param="stop")
     if params.max_tokens is not None and params.max_tokens > info.max_model_len:
@@ -143,7 +140,16 @@ def _resolve(
         grammar=params.grammar if outputs is None else grammar_for(outputs, tokenizer),
     )
     params.check_vocabulary(info.vocab_size, info.max_logprobs)
-    return params
+    return _with_all_logprobs(params, info.vocab_size)
+
+
+def _with_all_logprobs(params: SamplingParams, vocab_size: int) -> SamplingParams:
+    """Returns `params` with -1, the whole vocabulary, as the number it stands for."""
+    counts = (params.logprobs, params.prompt_logprobs)
+    if ALL_LOGPROBS not in counts:
+        return params
+    logprobs, prompt_logprobs = (vocab_size if count == ALL_LOGPROBS else count for count in counts)
+    return dataclasses.replace(params, logprobs=logprobs, prompt_logprobs=prompt_logprobs)
 
 
 def _bad_word_tokens(params: SamplingParams, tokenizer: Tokenizer) -> tuple[tuple[int, ...], ...]:
@@ -175,7 +181,7 @@ class TokenText:
     text: str
     data: bytes  # exact; `text` has U+FFFD for part of a character
     logprob: float
-    rank: int
+    rank: int | None  # None where it was asked for by id: nobody has ranked it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,8 +189,22 @@ class PositionLogprobs:
     """Log-probabilities at one position."""
 
     chosen: TokenText
-    top: tuple[TokenText, ...]  # most likely first
+    top: tuple[TokenText, ...]  # most likely first, or in the order of logprob_token_ids
     offset: int  # where the chosen token starts, in characters of the prompt or of the answer
+
+
+def _until_repetition(update: Update, watch: RepetitionWatch) -> Update:
+    """Returns `update` up to the token that completes a repetition, if one does."""
+    for count, token in enumerate(update.tokens, 1):
+        if watch.push(token) and not (count == len(update.tokens) and update.finish_reason):
+            return dataclasses.replace(
+                update,
+                tokens=update.tokens[:count],
+                logprobs=update.logprobs[:count],
+                finish_reason="repetition",
+                stop_token=None,
+            )
+    return update
 
 
 class Delta(NamedTuple):
@@ -210,7 +230,11 @@ class Assembler:
         self._tokenizer = tokenizer
         self._prompt_tokens = request.prompt_tokens
         self._with_logprobs = params.logprobs is not None
+        self._is_listed = bool(params.logprob_token_ids)
         self._show_stop_token = params.include_stop_str_in_output
+        self._repetition: RepetitionWatch | None = None
+        if params.repetition_detection is not None:
+            self._repetition = RepetitionWatch(params.repetition_detection)
         self._stream: TextStream | None = None
         if params.detokenize:
             self._stream = TextStream(
@@ -234,6 +258,8 @@ class Assembler:
         if update.error is not None:
             self.is_finished = True
             raise EngineStopped(update.error)
+        if self._repetition is not None:
+            update = _until_repetition(update, self._repetition)
         shown = update.tokens
         ends_with_stop = update.finish_reason == "stop" and not update.is_complete
         if ends_with_stop and not self._show_stop_token:
@@ -250,7 +276,7 @@ class Assembler:
             finish_reason=finish_reason,
             stop_reason=update.stop_token if text.stop is None else text.stop,
             num_cached_tokens=update.num_cached_tokens,
-            must_abort=self.is_finished and update.finish_reason is None,
+            must_abort=self.is_finished and update.finish_reason in (None, "repetition"),
             offsets=text.offsets,
         )
 
@@ -265,7 +291,7 @@ class Assembler:
         end = 0 if self._stream is None else self._stream.num_chars
         offsets = (*text.offsets, end)  # a stop token that is not shown starts at the end
         return tuple(
-            self._position(position, offset)
+            self._position(position, offset, is_listed=self._is_listed)
             for position, offset, _ in zip(update.logprobs, offsets, tokens, strict=False)
         )
 
@@ -279,17 +305,19 @@ class Assembler:
             for position, offset in zip(update.prompt_logprobs, offsets, strict=True)
         )
 
-    def _position(self, position: TokenLogprobs, offset: int) -> PositionLogprobs:
+    def _position(
+        self, position: TokenLogprobs, offset: int, *, is_listed: bool = False
+    ) -> PositionLogprobs:
         return PositionLogprobs(
             chosen=self._token_text(position.token, position.logprob, position.rank),
             top=tuple(
-                self._token_text(token, logprob, rank)
+                self._token_text(token, logprob, None if is_listed else rank)
                 for rank, (token, logprob) in enumerate(position.top, 1)
             ),
             offset=offset,
         )
 
-    def _token_text(self, token: int, logprob: float, rank: int) -> TokenText:
+    def _token_text(self, token: int, logprob: float, rank: int | None) -> TokenText:
         data = self._tokenizer.token_bytes(token)
         return TokenText(
             token=token,

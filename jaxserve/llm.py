@@ -13,12 +13,14 @@ from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
+from jaxserve.beam_search import BeamSearch, BeamSearchParams
 from jaxserve.config import EngineConfig, ServerConfig, from_table
 from jaxserve.engine.request import SamplingParams, Update
 from jaxserve.errors import EngineStopped, RequestError
-from jaxserve.generation import build_requests
+from jaxserve.generation import build_requests, encode_prompt
 from jaxserve.offline import Answer, Mailbox, Sample, run
-from jaxserve.outputs import RequestOutput
+from jaxserve.offline_beams import beam_output, candidates_of
+from jaxserve.outputs import BeamSearchOutput, RequestOutput
 from jaxserve.server.model_text import ModelText, find_model, load_text
 from jaxserve.text.chat_template import ChatTemplate, encode_chat
 from jaxserve.text.grammar import vocabulary_of
@@ -104,6 +106,51 @@ class LLM:
             )
             parsed.append((chat.text, chat.tokens, ""))
         return self._run(parsed, sampling_params, use_tqdm, priority)
+
+    def beam_search(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: BeamSearchParams,
+        *,
+        priority: int | Sequence[int] | None = None,
+    ) -> list[BeamSearchOutput]:
+        """Returns the best continuations of each prompt, best first, in the order of `prompts`.
+
+        Raises as `generate` does.
+        """
+        self._check_open()
+        info, tokenizer = self._client.info, self._text.tokenizer
+        params.check_logprobs(info.max_logprobs)
+        given = [_parse_prompt(prompt) for prompt in _as_list(prompts)]
+        priorities = _one_each(priority or 0, int, len(given), "priority")
+        searches = [
+            BeamSearch(
+                encode_prompt(prompt, tokenizer, info),
+                params,
+                eos_tokens=info.eos_tokens,
+                max_model_len=info.max_model_len,
+            )
+            for _, prompt, _ in given
+        ]
+        while True:
+            rounds = [search.prompts for search in searches]
+            answers = [
+                self._answer(
+                    None,
+                    list(beam),
+                    given[index][2],
+                    params=searches[index].step_params,
+                    priority=priorities[index],
+                )
+                for index, beams in enumerate(rounds)
+                for beam in beams
+            ]
+            if not answers:
+                return [beam_output(search, params, tokenizer) for search in searches]
+            outputs = iter(run(self._client, self._mailbox, answers))
+            for search, beams in zip(searches, rounds, strict=True):
+                if beams:
+                    search.advance([candidates_of(next(outputs)) for _ in beams])
 
     def get_tokenizer(self) -> Tokenizer:
         """Returns the model's tokenizer."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -24,16 +24,19 @@ AXES = ("data", "expert", "tensor", "copy")
 # A matrix is split along what its product is split along: heads, ffw and experts are independent
 # until their outputs are summed, vocab until sampling. hidden is what layers exchange: whole on
 # every device, as routers are. Slots, pages and tokens belong to a rank, which computes them alone.
-_RULES: dict[str, Callable[[tuple[str, ...]], tuple[str, ...]]] = {
-    "rank": lambda axes: ("data",),
-    "vocab": lambda axes: axes,
-    "heads": lambda axes: axes,
-    "kv_heads": lambda axes: axes[: axes.index("tensor") + 1],
-    "ffw": lambda axes: axes,
-    "experts": lambda axes: axes[: axes.index("expert") + 1],
-    "expert_ffw": lambda axes: axes[axes.index("expert") + 1 :],
-    "router": lambda axes: (),
-    "hidden": lambda axes: (),
+#
+# Of each logical axis: the axes of the mesh that split it, all after the first named and up to the
+# last; None for what nothing splits.
+_SPANS: dict[str, tuple[str | None, str] | None] = {
+    "rank": (None, "data"),
+    "vocab": ("data", "copy"),
+    "heads": ("data", "copy"),
+    "kv_heads": ("data", "tensor"),
+    "ffw": ("data", "copy"),
+    "experts": ("data", "expert"),
+    "expert_ffw": ("expert", "copy"),
+    "router": None,
+    "hidden": None,
 }
 
 
@@ -42,11 +45,15 @@ def mesh_axes_of(
     names: Sequence[str],  # of a mesh's axes, in order
 ) -> tuple[str, ...]:
     """Returns the axes of a mesh that split a logical axis: the one table of it."""
-    return _RULES[axis](tuple(name for name in names if name != "data"))
+    if (span := _SPANS[axis]) is None:
+        return ()
+    after, last = span
+    first = 0 if after is None else names.index(after) + 1
+    return tuple(names[first : names.index(last) + 1])
 
 
 class Widths(Protocol):
-    """What must divide: the sizes in a model's config, and its experts' where it has any."""
+    """What must divide: the sizes in a model's config."""
 
     @property
     def num_heads(self) -> int: ...
@@ -56,6 +63,12 @@ class Widths(Protocol):
 
     @property
     def ffw_size(self) -> int: ...
+
+    @property
+    def num_experts(self) -> int: ...  # of each layer that has any; 0: none has
+
+    @property
+    def expert_ffw_size(self) -> int: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +82,11 @@ class MeshShape:
     def __str__(self) -> str:
         sizes = (self.data, self.tensor) if self.expert == 1 else dataclasses.astuple(self)
         return "x".join(map(str, sizes))
+
+    @property
+    def axes(self) -> str:
+        """What the numbers that it is written as are."""
+        return "data x tensor" if self.expert == 1 else "data x expert x tensor"
 
     @property
     def rank_devices(self) -> int:
@@ -180,14 +198,15 @@ def _misfit(widths: Widths, shape: MeshShape) -> str | None:
 
 
 def _expert_misfit(widths: Widths, shape: MeshShape) -> str | None:
-    num_experts, expert = getattr(widths, "num_experts", 0), shape.expert
+    num_experts, expert = widths.num_experts, shape.expert
     if not num_experts:
         return None if expert == 1 else f"expert={expert} is for a model with experts"
     if num_experts % expert:
         return f"expert={expert} does not divide its {num_experts} experts"
-    ffw = getattr(widths, "expert_ffw_size", widths.ffw_size)
-    if ffw % shape.tensor:
-        return f"tensor={shape.tensor} does not divide its experts' width of {ffw}"
+    if widths.expert_ffw_size % shape.tensor:
+        return (
+            f"tensor={shape.tensor} does not divide its experts' width of {widths.expert_ffw_size}"
+        )
     kv_parts = min(shape.rank_devices, widths.num_kv_heads)
     if kv_parts % expert and expert % kv_parts:
         return f"expert={expert} and its KV heads in {kv_parts} parts do not go together"

@@ -45,6 +45,26 @@ class ChatOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
+class CompleteOptions:
+    """Options of `jaxserve complete`: texts to go on with, sent to a server."""
+
+    url: str = option("http://127.0.0.1:8000", "the server")
+    api_key: str = option("", "the server's key (or JAXSERVE_API_KEY)")
+    model_name: str = option("", "model to ask the server for (default: its first)")
+    quick: str = option("", "send one text, print what follows and leave", "-q")
+    temperature: float | None = option(None, "0 takes the most likely token")
+    max_tokens: int = option(128, "tokens to generate at most", low=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchOptions:
+    """Files of `jaxserve run-batch`, in OpenAI's batch format."""
+
+    input_file: str = option("", "requests, one JSON object on each line", "-i")
+    output_file: str = option("", "file for the replies", "-o")
+
+
+@dataclass(frozen=True, kw_only=True)
 class ServeBenchOptions:
     """Options of `jaxserve bench serve`: a load on a running OpenAI-compatible server."""
 

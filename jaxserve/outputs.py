@@ -57,3 +57,21 @@ class RequestOutput:
     prompt_logprobs: list[dict[int, Logprob] | None] | None = None
     metrics: RequestMetrics | None = None
     num_cached_tokens: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class BeamSearchSequence:
+    """One beam, prompt included."""
+
+    tokens: list[int]
+    text: str
+    cum_logprob: float
+    logprobs: list[dict[int, Logprob]]  # the candidates at each generated token
+    finish_reason: FinishReason
+
+
+@dataclass(frozen=True, kw_only=True)
+class BeamSearchOutput:
+    """A prompt's best beams, best first."""
+
+    sequences: list[BeamSearchSequence]

@@ -20,15 +20,13 @@ from jaxserve.config import EngineConfig, ServerConfig, from_table, option, opti
 from jaxserve.engine.ipc import EXIT_GRACE_S
 from jaxserve.errors import ConfigError
 from jaxserve.server import build_app
-from jaxserve.server.life import Life
+from jaxserve.server.life import DEAD_GRACE_S, Life
 
 if TYPE_CHECKING:
     from ray.serve import Application
 
 HEALTH_PERIOD_S = 5.0
 HEALTH_TIMEOUT_S = 30.0
-# How long a replica whose engine has died lets its streams read why.
-DEAD_GRACE_S = 2.0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""The `chat` command: a conversation in the terminal, with a server or with an engine here.
+"""The `chat` and `complete` commands: a talk in the terminal, with a server or an engine here.
 
 Talks to a server with the standard library's HTTP client, so that it starts at once.
 """
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from jaxserve.address import parse_server
 from jaxserve.config import EngineConfig
 from jaxserve.errors import JaxserveError
-from jaxserve.options import ChatOptions
+from jaxserve.options import ChatOptions, CompleteOptions
 
 if TYPE_CHECKING:
     from jaxserve.llm import LLM
@@ -30,6 +30,23 @@ def chat_with_server(options: ChatOptions) -> int:
     """Holds a conversation with the server at `options.url`; returns the exit status."""
     model = options.model_name or _first_model(options)
     return _converse(options, lambda messages: _ask_server(options, model, messages), model)
+
+
+def complete_with_server(options: CompleteOptions) -> int:
+    """Goes on with each text that is typed, by the server at `options.url`; returns the status."""
+    model = options.model_name or _first_model(options)
+    if options.quick:
+        _print_answer(_continue_text(options, model, options.quick))
+        return 0
+    print(f"{model} goes on with what is typed. /quit or Ctrl-D leaves, Ctrl-C stops a text.")
+    while (text := _read_message()) is not None:
+        try:
+            _print_answer(_continue_text(options, model, text))
+        except KeyboardInterrupt:
+            print("\n(stopped)")
+        except JaxserveError as error:
+            print(f"jaxserve: error: {error}", file=sys.stderr)
+    return 0
 
 
 def chat_here(config: EngineConfig, options: ChatOptions) -> int:
@@ -100,15 +117,25 @@ def _ask_here(llm: LLM, options: ChatOptions, messages: list[Message]) -> Iterat
 
 
 def _ask_server(options: ChatOptions, model: str, messages: list[Message]) -> Iterator[str]:
-    body: dict[str, Any] = {
-        "model": model,
-        "messages": messages,
-        "stream": True,
-        "max_completion_tokens": options.max_tokens,
-    }
+    body = {"model": model, "messages": messages, "max_completion_tokens": options.max_tokens}
+    for choice in _stream(options, "/v1/chat/completions", body):
+        yield choice["delta"].get("content") or ""
+
+
+def _continue_text(options: CompleteOptions, model: str, text: str) -> Iterator[str]:
+    body = {"model": model, "prompt": text, "max_tokens": options.max_tokens}
+    for choice in _stream(options, "/v1/completions", body):
+        yield choice.get("text") or ""
+
+
+def _stream(
+    options: ChatOptions | CompleteOptions, path: str, body: dict[str, Any]
+) -> Iterator[dict[str, Any]]:
+    """Yields the choices of a stream's chunks. Raises `JaxserveError` if it breaks."""
+    body["stream"] = True
     if options.temperature is not None:
         body["temperature"] = options.temperature
-    with _open(options, "/v1/chat/completions", body) as response:
+    with _open(options, path, body) as response:
         try:
             for line in response:
                 data = line.strip().removeprefix(b"data:").strip()
@@ -117,13 +144,12 @@ def _ask_server(options: ChatOptions, model: str, messages: list[Message]) -> It
                 chunk = json.loads(data)
                 if error := chunk.get("error"):
                     raise JaxserveError(str(error.get("message", error)))
-                for choice in chunk.get("choices", ()):
-                    yield choice["delta"].get("content") or ""
+                yield from chunk.get("choices", ())
         except (OSError, http.client.HTTPException, ValueError) as error:
             raise JaxserveError(f"{options.url}: the stream broke: {error}") from error
 
 
-def _first_model(options: ChatOptions) -> str:
+def _first_model(options: ChatOptions | CompleteOptions) -> str:
     with _open(options, "/v1/models") as response:
         try:
             return str(json.loads(response.read())["data"][0]["id"])
@@ -132,7 +158,7 @@ def _first_model(options: ChatOptions) -> str:
 
 
 def _open(
-    options: ChatOptions, path: str, body: dict[str, Any] | None = None
+    options: ChatOptions | CompleteOptions, path: str, body: dict[str, Any] | None = None
 ) -> http.client.HTTPResponse:
     """Returns the response to one request; raises `JaxserveError` unless its status is 200."""
     server = parse_server(options.url, options.api_key)

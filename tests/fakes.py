@@ -13,8 +13,15 @@ from llguidance import LLExecutor
 from llguidance.numpy import fill_next_token_bitmask_par
 
 from jaxserve.engine.grammar import GrammarCompiler, Matcher
-from jaxserve.engine.info import EngineInfo, EngineStats
-from jaxserve.engine.request import FinishReason, Request, TokenLogprobs, Update
+from jaxserve.engine.info import STEP_TOKEN_BOUNDS, EngineInfo, EngineStats
+from jaxserve.engine.request import (
+    FinishReason,
+    Request,
+    SamplingParams,
+    Timeline,
+    TokenLogprobs,
+    Update,
+)
 from jaxserve.errors import EngineStopped, QueueFull
 from jaxserve.structured_outputs import Grammar, Vocabulary
 from jaxserve.text.tokenizer import BYTE_OF_LETTER, Tokenizer
@@ -38,6 +45,7 @@ class EchoEngine:
         vocab_size: int = 256,
         max_model_len: int = 128,
         max_waiting: int = 64,
+        max_logprobs: int = 20,
         dies_at: int | None = None,  # a prompt token that ends the engine when it is generated
         fails_at: int | None = None,  # a prompt token that ends its request alone
     ) -> None:
@@ -45,7 +53,7 @@ class EchoEngine:
             model="echo",
             max_model_len=max_model_len,
             vocab_size=vocab_size,
-            max_logprobs=20,
+            max_logprobs=max_logprobs,
             max_num_seqs=max_waiting,
             max_num_batched_tokens=1024,
             page_size=16,
@@ -72,6 +80,7 @@ class EchoEngine:
         self._num_generated = 0
         self._num_prompt_tokens = 0
         self._finished: dict[str, int] = {}
+        self._started: dict[str, float] = {}
         self._is_dead = False
         self._wake = threading.Condition()
         self._thread = threading.Thread(target=self._run, daemon=True)
@@ -127,7 +136,8 @@ class EchoEngine:
                 num_compiles_since_ready=0,
                 host_gap_s=0.0,
                 step_s=0.0,
-                queue_s=0.0,
+                step_tokens=(self._num_steps, *(0,) * len(STEP_TOKEN_BOUNDS)),
+                step_tokens_sum=self._num_steps,
             )
 
     def close(self) -> None:
@@ -183,12 +193,20 @@ class EchoEngine:
         return Update(
             request_id=request.request_id,
             tokens=(token,),
-            logprobs=(self._logprobs(token, params.logprobs or 0),) if has_logprobs else (),
+            logprobs=(self._answer_logprobs(token, params),) if has_logprobs else (),
             prompt_logprobs=prompt_logprobs,
             finish_reason=reason,
             stop_token=stop_token,
+            timeline=Timeline(self._started.setdefault(request.request_id, time.monotonic()), 0),
             is_complete=is_complete and token != EOS,
         )
+
+    def _answer_logprobs(self, token: int, params: SamplingParams) -> TokenLogprobs:
+        if not params.logprob_token_ids:
+            return self._logprobs(token, params.logprobs or 0)
+        size = self.info.vocab_size
+        listed = ((wanted, -1.0 - (wanted - token) % size) for wanted in params.logprob_token_ids)
+        return TokenLogprobs(token=token, logprob=-1.0, rank=1, top=tuple(listed))
 
     def _logprobs(self, token: int, count: int) -> TokenLogprobs:
         top = tuple(((token + k) % self.info.vocab_size, -1.0 - k) for k in range(count))
@@ -209,7 +227,12 @@ def _allowed(matcher: Matcher, token: int) -> int:
     return token
 
 
-def byte_tokenizer(chat_template: str | None = None) -> Tokenizer:
+def byte_tokenizer(
+    chat_template: str | None = None,
+    *,
+    marks: Sequence[str] = (),  # more special tokens
+    add_bos_token: bool | None = None,
+) -> Tokenizer:
     """Returns a tokenizer whose tokens are the bytes, then <bos>, <eos>, <|user|>, <|end|>."""
     alphabet = dict(BYTE_OF_LETTER)
     backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=alphabet, merges=[]))
@@ -217,9 +240,10 @@ def byte_tokenizer(chat_template: str | None = None) -> Tokenizer:
         add_prefix_space=False, use_regex=False
     )
     backend.decoder = tokenizers.decoders.ByteLevel()
-    backend.add_special_tokens(["<bos>", "<eos>", "<|user|>", "<|end|>"])
+    backend.add_special_tokens(["<bos>", "<eos>", "<|user|>", "<|end|>", *marks])
     return Tokenizer(
         backend,
         special_tokens={"bos_token": "<bos>", "eos_token": "<eos>"},
+        add_bos_token=add_bos_token,
         chat_template=chat_template,
     )

@@ -1,5 +1,6 @@
 """The command line: flags, files and environment become configs; mistakes become one line."""
 
+import os
 import subprocess
 import sys
 import time
@@ -10,6 +11,7 @@ import jaxserve
 from jaxserve.cli import run
 from jaxserve.config import EngineConfig, ServerConfig, options_of
 from jaxserve.errors import ConfigError
+from jaxserve.options import PlanOptions
 
 
 @pytest.fixture
@@ -17,7 +19,8 @@ def served(monkeypatch):
     """Returns a function that runs `jaxserve serve` and returns the configs it would start with."""
     calls = []
 
-    def fake_run(engine_config, server_config):
+    def fake_run(engine_config, server_config, *, environ):
+        assert environ is os.environ  # which tells whether there is a cluster
         calls.append((engine_config, server_config))
         return 0
 
@@ -49,6 +52,24 @@ def test_flags_become_options(served):
     engine, server = served("folder", "--max-model-len", "4K", "--port=0", "--api-key", "a")
     assert engine == EngineConfig(model="folder", max_model_len=4096)
     assert server == ServerConfig(port=0, api_key=("a",))
+
+
+def test_a_plan_tells_the_compilers_what_they_must_know(monkeypatch):
+    calls = []
+
+    def fake_run(engine_config, options):
+        calls.append((engine_config, options, dict(os.environ)))
+        return 1
+
+    monkeypatch.setattr("jaxserve.planning.report.run_plan", fake_run)
+    monkeypatch.setattr(os, "environ", {**os.environ, "TPU_ACCELERATOR_TYPE": "v6e-8"})
+    assert run(["plan", "folder", "--device=h100", "--mesh=2x4"]) == 1
+    [(engine_config, options, environment)] = calls
+    assert engine_config == EngineConfig(model="folder", mesh="2x4")
+    assert options == PlanOptions(device="h100")
+    # Beside a server that has the TPU, and beside another plan; what the user set stays.
+    assert environment["ALLOW_MULTIPLE_LIBTPU_LOAD"] == "1"
+    assert environment["TPU_ACCELERATOR_TYPE"] == "v6e-8"
 
 
 def test_underscores_and_dashes_are_the_same(served):
@@ -146,7 +167,7 @@ def test_a_file_that_is_not_there_is_a_mistake(capsys, tmp_path):
 
 
 def test_an_error_of_the_engine_is_one_line_and_status_1(monkeypatch, capsys):
-    def fail(engine_config, server_config):
+    def fail(engine_config, server_config, *, environ):
         raise ConfigError("it does not fit:\n 3 GiB")
 
     monkeypatch.setattr("jaxserve.server.main.run", fail)

@@ -6,6 +6,7 @@ from jaxserve.engine.info import EngineInfo
 from jaxserve.engine.request import Request, SamplingParams, TokenLogprobs, Update
 from jaxserve.errors import EngineStopped, PromptTooLong, RequestError
 from jaxserve.generation import Assembler, build_requests
+from jaxserve.structured_outputs import StructuredOutputsParams
 from jaxserve.text.tokenizer import Tokenizer
 from tests.fakes import byte_tokenizer
 from tests.text.small_tokenizers import byte_level
@@ -51,6 +52,19 @@ def assemble(updates, **params):
         )
         for tokens, reason, stop_token in updates
     ]
+
+
+def test_what_an_answer_must_look_like_becomes_a_grammar_for_the_engine():
+    for request in build(n=2, structured_outputs=StructuredOutputsParams(regex="a+")):
+        assert request.params.structured_outputs is None
+        assert "a+" in request.params.grammar.source
+    assert build()[0].params.grammar is None
+
+
+def test_the_last_token_of_a_complete_answer_is_text():
+    assembler = Assembler(Request(request_id="id", prompt_tokens=(1,)), BYTES)
+    last = Update(request_id="id", tokens=(97, 98), finish_reason="stop", is_complete=True)
+    assert assembler.push(last).text == "ab"
 
 
 def test_one_sample_keeps_its_id_and_several_are_numbered():
@@ -114,7 +128,6 @@ def test_max_tokens_is_cut_to_what_fits_next_to_the_prompt():
         ([1, "a"], {}, "prompt"),
         ("a" * 32, {}, "prompt"),
         ("a", {"max_tokens": 33}, "max_tokens"),
-        ("a", {"n": 2, "temperature": 0}, "n"),
         ("a", {"stop": "x", "detokenize": False}, "stop"),
         ("a", {"logprobs": 6}, "logprobs"),
         ("a", {"prompt_logprobs": 6}, "prompt_logprobs"),

@@ -11,7 +11,7 @@ import time
 import pytest
 
 import jaxserve.llm
-from jaxserve import LLM, SamplingParams, generate
+from jaxserve import LLM, BeamSearchParams, SamplingParams, generate
 from jaxserve.errors import ConfigError, EngineStopped, RequestError
 from jaxserve.server.model_text import ModelText
 from jaxserve.text.chat_template import ChatTemplate
@@ -46,6 +46,25 @@ def engines(monkeypatch):
 
 def run(llm, prompts, params=None, **options):
     return llm.generate(prompts, params, use_tqdm=False, **options)
+
+
+def test_beams_come_best_first_with_their_prompt(engines):
+    with LLM() as llm:
+        params = BeamSearchParams(beam_width=2, max_tokens=2)
+        outputs = llm.beam_search(["ad", {"prompt_token_ids": [120]}], params)
+        with pytest.raises(RequestError, match="needs 22 logprobs; the limit is 20"):
+            llm.beam_search("a", BeamSearchParams(beam_width=11, max_tokens=1))
+    assert [[beam.text for beam in output.sequences] for output in outputs] == [
+        ["adaa", "adab"],
+        ["xxx", "xxy"],
+    ]
+    beam = outputs[0].sequences[1]
+    assert (beam.tokens, beam.cum_logprob, beam.finish_reason) == (
+        [97, 100, 97, 98],
+        -3.0,
+        "length",
+    )
+    assert [entry[97].logprob for entry in beam.logprobs] == [-1.0, -1.0]
 
 
 def test_results_come_in_the_order_of_the_prompts(engines):

@@ -14,6 +14,8 @@ class Sizes:
     num_heads: int = 16
     num_kv_heads: int = 8
     ffw_size: int = 64
+    num_experts: int = 0
+    expert_ffw_size: int = 0
 
 
 SMOLLM2 = Sizes(num_heads=9, num_kv_heads=3, ffw_size=1536)

@@ -8,8 +8,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from jaxserve.errors import JaxserveError
-from jaxserve.options import ChatOptions
-from jaxserve.repl import chat_with_server
+from jaxserve.options import ChatOptions, CompleteOptions
+from jaxserve.repl import chat_with_server, complete_with_server
 
 
 @contextmanager
@@ -93,3 +93,18 @@ def test_an_error_in_the_stream_leaves_no_trace_in_the_conversation(monkeypatch,
 def test_a_server_that_is_not_there_is_an_error():
     with pytest.raises(JaxserveError, match="no answer from http://127.0.0.1:1"):
         chat_with_server(ChatOptions(url="http://127.0.0.1:1"))
+
+
+def test_complete_goes_on_with_each_text(monkeypatch, capsys):
+    bodies = []
+    events = [json.dumps({"choices": [{"text": text}]}) for text in (" upon", " a time")]
+    with canned_server(bodies, events) as url:
+        assert complete_with_server(CompleteOptions(url=url, quick="Once", max_tokens=9)) == 0
+        assert capsys.readouterr().out == " upon a time\n"
+        say(monkeypatch, "Twice", "/quit")
+        assert complete_with_server(CompleteOptions(url=f"{url}/v1", temperature=0.0)) == 0
+    assert " upon a time\n" in capsys.readouterr().out
+    assert bodies == [
+        {"model": "canned", "prompt": "Once", "max_tokens": 9, "stream": True},
+        {"model": "canned", "prompt": "Twice", "max_tokens": 128, "stream": True, "temperature": 0},
+    ]

@@ -113,8 +113,11 @@ def abstract_engine(
     spec = StepSpec(
         mesh=mesh,
         limits=settings.limits,
-        max_logprobs=config.max_logprobs,
+        max_logprobs=(
+            model.config.vocab_size if config.max_logprobs == -1 else config.max_logprobs
+        ),
         attention=settings.attention.backend,
+        experts="reference" if settings.experts is None else settings.experts.backend,
         is_gathered=jax.process_count() > 1,  # devices that are not here count as one process's
     )
     return AbstractEngine(

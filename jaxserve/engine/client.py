@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from jaxserve.config import EngineConfig
-from jaxserve.engine.info import EngineInfo, EngineStats
+from jaxserve.engine.info import EngineInfo, EngineStats, Report
 from jaxserve.engine.request import Request, Update
 from jaxserve.errors import EngineStopped, JaxserveError, QueueFull, RequestError
 from jaxserve.structured_outputs import Grammar, Vocabulary
@@ -85,7 +85,7 @@ class EngineThread:
         config: EngineConfig,
         deliver: Deliver,
         *,
-        report: Callable[[str], None] | None = None,
+        report: Report | None = None,
         leader: Leader | None = None,  # of other processes, which run the model with this one
     ) -> None:
         """Loads and compiles; returns when ready. Raises what loading raises."""
@@ -174,7 +174,7 @@ class EngineThread:
     def _run(
         self,
         config: EngineConfig,
-        report: Callable[[str], None],
+        report: Report,
         leader: Leader | None,
         started: queue.SimpleQueue[EngineInfo | BaseException],
     ) -> None:
@@ -199,7 +199,8 @@ class EngineThread:
         try:
             self._fail_all()
         finally:
-            core.close()
+            # Without a reason the other processes of a cluster would take it for an end in order.
+            core.close(None if self.error is None else self._reason())
 
     def _loop(self, core: EngineCore) -> None:
         while True:
@@ -246,6 +247,9 @@ class EngineThread:
                 self._live.discard(update.request_id)
         self._deliver(updates)
 
+    def _reason(self) -> str:
+        return f"{type(self.error).__name__}: {self.error}"
+
     def _fail_all(self) -> None:
         """Tells every request that still hopes, those in the inbox included."""
         with self._lock:
@@ -253,7 +257,7 @@ class EngineThread:
         for message in self._messages(wait=False):
             if isinstance(message, _Add):
                 self._live.add(message.request.request_id)
-        reason = "closed" if self.error is None else f"{type(self.error).__name__}: {self.error}"
+        reason = "closed" if self.error is None else self._reason()
         text = f"the engine has stopped: {reason}"
         updates = [Update(request_id=request_id, error=text) for request_id in sorted(self._live)]
         if updates or self.error is not None:

@@ -22,6 +22,8 @@ from jaxserve.errors import ConfigError
 _DETECT_TIMEOUT_S = 330.0  # jax waits for the coordinator's name for as long as 300 s
 
 _OPTIONS = ("coordinator", "num_processes", "process_id")
+_OPTIONS_OF_SEVERAL = (*_OPTIONS, "health_port", "join_timeout", "step_timeout")
+_MAX_SHOWN = 1000  # characters of what a detection that finds nothing has to say
 
 logger = logging.getLogger("jaxserve")
 
@@ -54,15 +56,18 @@ def place_of(
 ) -> Place | None:
     """Returns this process's place by its options, else by the cluster it was started in.
 
-    None for one process alone. Raises `ConfigError` for options that name no place.
+    None for one process alone. Raises `ConfigError` for options that name no place, and where
+    there is a cluster whose place for this process cannot be detected.
     """
-    known = given_place(config)
-    if config.num_processes == 1:
+    values = {name: getattr(config, name) for name in _OPTIONS}
+    known = {name: value for name, value in values.items() if value != "auto"}
+    hint = hint_of(environ) if len(known) < len(_OPTIONS) else None
+    if config.num_processes == 1 or (not known and hint is None):
+        check_alone(config)
         return None
-    detected: dict[str, object] = {}
-    if len(known) < len(_OPTIONS) and hint_of(environ) is not None:
-        detected = _detect(is_needed=bool(known))
+    detected = {} if hint is None else _detect(environ, hint, is_needed=bool(known))
     if not known and detected.get("num_processes", 1) == 1:
+        check_alone(config)
         return None
     values = {**detected, **known}
     if missing := [name for name in _OPTIONS if values.get(name) is None]:
@@ -73,12 +78,17 @@ def place_of(
     return _checked(config, values)
 
 
-def given_place(config: ServerConfig) -> dict[str, str | int]:
-    """Returns the options that say which of several processes this is, but those left "auto"."""
-    if config.num_processes == 1:
-        return {}
-    values = {name: getattr(config, name) for name in _OPTIONS}
-    return {name: value for name, value in values.items() if value != "auto"}
+def check_alone(config: ServerConfig) -> None:
+    """Raises `ConfigError` for options that mean nothing to one process alone."""
+    defaults = ServerConfig()
+    no_others = {"num_processes": 1, "process_id": 0} if config.num_processes == 1 else {}
+    for name in _OPTIONS_OF_SEVERAL:
+        value, default = getattr(config, name), getattr(defaults, name)
+        if value not in (default, no_others.get(name, default)):
+            raise ConfigError(
+                f"{name} is {value!r}, but this is one process alone: only several that "
+                "`jaxserve serve` runs together have a use for it"
+            )
 
 
 def hint_of(environ: Mapping[str, str]) -> str | None:
@@ -103,22 +113,45 @@ def hint_of(environ: Mapping[str, str]) -> str | None:
     return None
 
 
-def _detect(*, is_needed: bool) -> dict[str, object]:
-    """Returns what jax's own detection finds, asked in a process of its own."""
+def _detect(environ: Mapping[str, str], hint: str, *, is_needed: bool) -> dict[str, object]:
+    """Returns what jax's own detection finds, asked in a process of its own.
+
+    Raises `ConfigError` where it fails, unless the hint is a TPU alone, which may well be one host.
+    """
+    why = f"{hint}={environ[hint]}" if hint in environ else hint
     command = [sys.executable, "-m", "jaxserve.engine.detect"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=_DETECT_TIMEOUT_S)
         lines = done.stdout.splitlines()
         if done.returncode == 0 and lines:
             found: dict[str, object] = json.loads(lines[-1])
+            if not found:
+                said = " ".join(done.stderr.split())[:_MAX_SHOWN] or "jax does not say why"
+                logger.warning("%s, but jax detects no cluster (%s)", why, said)
+            elif _has_its_host_alone(environ):
+                found.pop("local_device_ids", None)
             return found
         reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
     except subprocess.TimeoutExpired:
         reason = f"no answer in {_DETECT_TIMEOUT_S:.0f} s"
-    if is_needed:
-        raise ConfigError(f"the cluster cannot be detected: {reason}")
+    if is_needed or hint != "libtpu":
+        raise ConfigError(
+            f"{why}, but the cluster cannot be detected: {reason}; give coordinator, "
+            "num_processes and process_id, or num_processes 1 to run alone"
+        )
     logger.warning("no cluster detected (%s): this process runs alone", reason)
     return {}
+
+
+def _has_its_host_alone(environ: Mapping[str, str]) -> bool:
+    """Returns whether Slurm or Open MPI started one process for each host.
+
+    jax gives every process that they start one device, by its number on the host, where a process
+    alone is to have all.
+    """
+    if (num_hosts := environ.get("SLURM_STEP_NUM_NODES")) is not None:
+        return num_hosts == environ.get("SLURM_NTASKS")
+    return environ.get("OMPI_COMM_WORLD_LOCAL_SIZE") == "1"
 
 
 def _checked(config: ServerConfig, values: Mapping[str, object]) -> Place:

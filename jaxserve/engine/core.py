@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from bisect import bisect_left
+from collections.abc import Sequence
 
 import jax
 
 from jaxserve.config import EngineConfig
 from jaxserve.engine.grammar import MaskFiller, Matcher, advance
-from jaxserve.engine.info import EngineStats
+from jaxserve.engine.info import STEP_TOKEN_BOUNDS, EngineStats, Report
 from jaxserve.engine.leader import Leader
 from jaxserve.engine.pages import PagePool
 from jaxserve.engine.prefix_cache import PrefixCache
@@ -18,8 +19,6 @@ from jaxserve.engine.runner import Pending
 from jaxserve.engine.scheduler import Scheduler
 from jaxserve.engine.sequence import SpanResult, StepPlan
 from jaxserve.engine.startup import Started, start
-
-Report = Callable[[str], None]
 
 _COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 
@@ -55,7 +54,8 @@ class EngineCore:
         self._read_s = 0.0  # when the newest read tokens had arrived
         self._host_gap_s = 0.0
         self._step_s = 0.0
-        self._queue_s = 0.0
+        self._step_tokens = [0] * (len(STEP_TOKEN_BOUNDS) + 1)
+        self._step_tokens_sum = 0
         self._compiles = CompileCounter()
 
     @property
@@ -141,27 +141,31 @@ class EngineCore:
             num_compiles_since_ready=self._compiles.count,
             host_gap_s=self._host_gap_s,
             step_s=self._step_s,
-            queue_s=self._queue_s,
+            step_tokens=tuple(self._step_tokens),
+            step_tokens_sum=self._step_tokens_sum,
         )
 
-    def close(self) -> None:
-        """Lets go of the device's memory, and ends the other processes in order."""
+    def close(self, reason: str | None = None) -> None:
+        """Lets go of the device's memory, and ends the other processes; a reason is what failed."""
         if self._leader is not None:
-            self._leader.end()
+            self._leader.end(None if reason is None else f"process 0 failed: {reason}")
         self._compiles.close()
         self._pending = None
         self._runner.close()
 
     def _count_waits(self, plan: StepPlan, previous: Pending | None) -> None:
-        """Adds up how long new sequences queued and how long the device may have stood idle.
+        """Notes when new sequences began and how long the device may have stood idle.
 
         A device that still runs the step before does not wait. One that is done has idled at most
         since the tokens before those were read: an upper bound.
         """
         now_s = time.monotonic()
+        num_tokens = sum(span.count for span in plan.spans)
+        self._step_tokens[bisect_left(STEP_TOKEN_BOUNDS, num_tokens)] += 1
+        self._step_tokens_sum += num_tokens
         for sequence in plan.admitted:
-            if sequence.request.arrival_s and not sequence.num_preemptions:
-                self._queue_s += now_s - sequence.request.arrival_s
+            if not sequence.num_preemptions:
+                sequence.started_s = now_s
         if previous is not None and previous.is_done():
             self._host_gap_s += now_s - max(self._read_s, self._dispatch_s)
 

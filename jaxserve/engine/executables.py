@@ -6,10 +6,12 @@ files hold pickles: the directory is the user's own, mode 0700, and nothing else
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import pickle
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -54,20 +56,26 @@ class ExecutableStore:
 
         Raises OSError for a full or read-only disk, ValueError for a backend that cannot.
         """
-        path = self._path(program)
-        temporary = path.with_suffix(f".{os.getpid()}.tmp")
-        try:
-            temporary.write_bytes(pickle.dumps(serialize_executable.serialize(compiled)))
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        # Others that share the directory may write the same, from hosts that count their processes
+        # alike.
+        with tempfile.NamedTemporaryFile(
+            dir=self._directory, suffix=".tmp", delete=False
+        ) as temporary:
+            written = Path(temporary.name)
+            try:
+                temporary.write(pickle.dumps(serialize_executable.serialize(compiled)))
+                temporary.close()
+                written.replace(self._path(program))
+            finally:
+                written.unlink(missing_ok=True)
 
     def prune(self) -> None:
         """Deletes what was not used for a month: other settings, and sources since changed."""
         oldest_s = time.time() - _KEPT_S
         for path in self._directory.iterdir():
-            if path.stat().st_mtime < oldest_s:
-                path.unlink(missing_ok=True)
+            with contextlib.suppress(FileNotFoundError):  # another process was quicker
+                if path.stat().st_mtime < oldest_s:
+                    path.unlink()
 
     def _path(self, program: tuple[object, ...]) -> Path:
         key = hashlib.sha256(f"{self._settings}\n{program!r}".encode()).hexdigest()

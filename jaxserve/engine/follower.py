@@ -5,15 +5,19 @@ Host only: imports no jax.
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from jaxserve.engine.cluster import Place
+from jaxserve.engine.frames import MAX_FRAME_BYTES
+from jaxserve.engine.info import Report
 from jaxserve.engine.link import (
     PROTOCOL,
+    Beat,
     End,
     Failed,
     Frame,
@@ -26,20 +30,29 @@ from jaxserve.engine.link import (
     Waiting,
     Watch,
     Welcome,
+    receive_frame,
+    send_frame,
     without_delay,
 )
-from jaxserve.engine.peers import REPORT_S, RETRY_S, Fate, OnEnd, Report, bracketed
+from jaxserve.engine.peers import REPORT_S, RETRY_S, Fate, OnEnd, bracketed
 from jaxserve.errors import ConfigError, EngineStopped
 
 
 class Follower:
     """The end of a process that follows process 0. One thread exchanges and takes steps.
 
+    `on_heard` is called when process 0 has been heard, which ends this process from then on.
     `on_end` is called once, on any thread, when the cluster ends or cannot go on.
     """
 
     def __init__(
-        self, place: Place, facts: Mapping[str, str], report: Report, on_end: OnEnd
+        self,
+        place: Place,
+        facts: Mapping[str, str],
+        report: Report,
+        on_end: OnEnd,
+        *,
+        on_heard: Callable[[], None] = lambda: None,
     ) -> None:
         self.place = place
         self.jax_address = ""
@@ -49,25 +62,30 @@ class Follower:
         self._watch: Watch | None = None
         self._frames: queue.SimpleQueue[Frame | None] = queue.SimpleQueue()  # None: no more
         self._fate = Fate(on_end)
+        self._on_heard = on_heard
 
     def join(self) -> None:
         """Waits for process 0, and with it for all others. Raises `ConfigError` if refused."""
-        place = self.place
+        deadline_s = time.monotonic() + self.place.join_timeout_s
+        sock = without_delay(self._connect(deadline_s))
+        first = self._greet(sock, deadline_s)
+        if isinstance(first, Refused):
+            sock.close()
+            raise ConfigError(f"process 0 refused this process: {first.reason}")
+        self._on_heard()
         link = self._link = Link(
-            without_delay(self._connect()),
-            f"process 0 ({place.host})",
+            sock,
+            f"process 0 ({self.place.host})",
             on_frame=self._receive,
             on_end=self._on_link_end,
         )
         self._watch = Watch(lambda: [link], self._fate.settle)
-        link.send(Hello(PROTOCOL, place.process_id, place.num_processes, dict(self._facts)))
+        self._receive(first)
         link.start()
         while not self.jax_address:
             match self._next_frame():
                 case Waiting(line):
                     self._report(line)
-                case Refused(reason):
-                    raise ConfigError(f"process 0 refused this process: {reason}")
                 case Welcome(address):
                     self.jax_address = address
 
@@ -108,9 +126,8 @@ class Follower:
             case End(reason):
                 self._fate.settle(reason)
                 self._frames.put(None)
-            case Refused():
-                self._fate.claim(None)
-                self._frames.put(frame)
+            case Beat():
+                pass
             case _:
                 self._frames.put(frame)
 
@@ -120,10 +137,33 @@ class Follower:
         self._fate.settle(f"{self._link.peer} was lost: it closed its connection")
         self._frames.put(None)
 
-    def _connect(self) -> socket.socket:
+    def _greet(self, sock: socket.socket, deadline_s: float) -> Frame:
+        """Says who this process is; returns process 0's first frame.
+
+        Nothing else is sent before that: what comes first must be the greeting. And until then
+        silence is no loss, for process 0 may have much to do.
+        """
         place = self.place
-        where = f"process 0 at {bracketed(place.host)}:{place.port}"
-        deadline_s = time.monotonic() + place.join_timeout_s
+        hello = Hello(PROTOCOL, place.process_id, place.num_processes, dict(self._facts))
+        first = None
+        with contextlib.suppress(OSError):
+            send_frame(sock, hello)
+            first = receive_frame(sock, MAX_FRAME_BYTES, deadline_s)
+        if first is None:
+            sock.close()
+            if time.monotonic() >= deadline_s:
+                raise ConfigError(f"{self._where} said nothing in {place.join_timeout_s:g} s")
+            raise EngineStopped(
+                f"{self._where} closed its connection: it has ended, or is of another version"
+            )
+        return first
+
+    @property
+    def _where(self) -> str:
+        return f"process 0 at {bracketed(self.place.host)}:{self.place.port}"
+
+    def _connect(self, deadline_s: float) -> socket.socket:
+        place, where = self.place, self._where
         said_s = -REPORT_S
         while True:
             try:

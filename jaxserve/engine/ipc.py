@@ -22,16 +22,17 @@ from collections.abc import Callable, Sequence
 import msgspec
 
 from jaxserve.config import EngineConfig
-from jaxserve.engine.info import EngineInfo, EngineStats
+from jaxserve.engine.frames import LENGTH
+from jaxserve.engine.info import EngineInfo, EngineStats, Report
 from jaxserve.engine.request import Request, Update
 from jaxserve.engine.wire import (
-    LENGTH,
     Abort,
     Admitted,
     AskStats,
     Close,
     Died,
     Ended,
+    Joined,
     Prepare,
     Progress,
     Ready,
@@ -117,6 +118,7 @@ def _merge(updates: list[Update]) -> list[Update]:
                 logprobs=before.logprobs + update.logprobs,
                 prompt_logprobs=prompt_logprobs or before.prompt_logprobs,
                 num_cached_tokens=max(before.num_cached_tokens, update.num_cached_tokens),
+                timeline=update.timeline or before.timeline,
             )
         merged[update.request_id] = update
     return list(merged.values())
@@ -133,11 +135,12 @@ class IpcClient:
         reader: asyncio.StreamReader,
         writer: asyncio.StreamWriter,
         process: subprocess.Popen[bytes] | None,
-        report: Callable[[str], None],
+        report: Report,
     ) -> None:
         self.info: EngineInfo | None = None
         self.error: str | None = None
         self.error_kind = "EngineStopped"
+        self.has_joined = False  # a cluster, whose process 0 decides when it ends
         self.has_ended = False  # in order, by itself
         self.num_abandoned = 0  # requests whose client left before their end
         self.stopped = asyncio.Event()
@@ -157,7 +160,7 @@ class IpcClient:
         cls,
         config: EngineConfig,
         *,
-        report: Callable[[str], None],
+        report: Report,
         command: Sequence[str] = ENGINE_COMMAND,
     ) -> IpcClient:
         """Starts the engine process and returns at once; `wait_ready` waits for it to load."""
@@ -176,7 +179,7 @@ class IpcClient:
         sock: socket.socket,
         config: EngineConfig,
         *,
-        report: Callable[[str], None],
+        report: Report,
         process: subprocess.Popen[bytes] | None = None,
     ) -> IpcClient:
         """Greets the engine at the other end of `sock`."""
@@ -235,9 +238,12 @@ class IpcClient:
         assert isinstance(answer, Stats)
         return answer.stats
 
-    async def close(self) -> None:
-        """Ends the engine process, by force if it does not end in time."""
-        self._send(Close())
+    async def close(self, reason: str | None = None) -> None:
+        """Ends the engine process, by force if it does not end in time.
+
+        A reason is what failed: the other processes of its cluster end with that error.
+        """
+        self._send(Close(reason))
         with contextlib.suppress(asyncio.TimeoutError):
             await asyncio.wait_for(asyncio.shield(self._pump), EXIT_GRACE_S)
         self._pump.cancel()
@@ -310,25 +316,34 @@ class IpcClient:
                     answer.set_result(message)
             case Progress(line):
                 self._report(line)
+            case Joined():
+                self.has_joined = True
             case Ready(info):
-                self.info = info
-                self._ready.set()
-                if info.num_processes > 1:
-                    self._watching = asyncio.create_task(self._watch())
+                self._be_ready(info)
             case Died(kind, text):
                 self._stop(kind, text)
             case Ended():
                 self.has_ended = True
                 self._stop("EngineStopped", "the cluster has ended")
 
+    def _be_ready(self, info: EngineInfo) -> None:
+        self.info = info
+        self._ready.set()
+        if info.num_processes > 1:
+            self._watching = asyncio.create_task(self._watch())
+
     async def _watch(self) -> None:
         """Ends an engine process that stands still: the others of its cluster end without it."""
+        loop = asyncio.get_running_loop()
         with contextlib.suppress(JaxserveError):
             while True:
                 await asyncio.sleep(ALIVE_S / 5)
+                asked_s = loop.time()
                 try:
                     await asyncio.wait_for(self.stats(), ALIVE_S)
                 except TimeoutError:
+                    if loop.time() - asked_s > ALIVE_S + 1:
+                        continue  # the loop itself stood still: the answer may lie unread
                     self._stop(
                         "EngineStopped", f"the engine process has not answered for {ALIVE_S:.0f} s"
                     )

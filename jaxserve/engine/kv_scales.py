@@ -115,6 +115,7 @@ def measured_peaks(model: AbstractModel, params: tuple[jax.Array, ...]) -> np.nd
             cu_q_lens=jnp.array([0, count], jnp.int32),
             counts=jnp.array([0, 1], jnp.int32),
             attention="reference",
+            experts="reference",
         )
         _, cache = module(batch, cache)
         layers = [layer for layer in cache if not isinstance(layer, ScaledCache)]

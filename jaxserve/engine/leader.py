@@ -11,9 +11,10 @@ import socket
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from jaxserve.engine.cluster import Place
+from jaxserve.engine.info import Report
 from jaxserve.engine.link import (
     MAX_GREETING_BYTES,
     PROTOCOL,
@@ -30,24 +31,30 @@ from jaxserve.engine.link import (
     Watch,
     Welcome,
     receive_frame,
-    send_frame,
     without_delay,
 )
 from jaxserve.engine.peers import (
     REPORT_S,
-    RETRY_S,
     Fate,
     OnEnd,
-    Report,
     bracketed,
     difference,
+    differing,
     is_loopback,
 )
 from jaxserve.errors import ConfigError, EngineStopped
 
 GREETING_S = 2.0
+ACCEPT_S = 0.05  # between looks at who is still missing
 END_GRACE_S = 3.0  # for the others to leave in order
 FAIL_GRACE_S = 0.3  # for the others to hear why
+
+
+class _Refusal(NamedTuple):
+    """Why a process cannot be taken in."""
+
+    reason: str  # for the log
+    told: str  # to the process, which may be a stranger's: none of our values
 
 
 class Leader:
@@ -89,7 +96,10 @@ class Leader:
                     self._say(f"waiting for {_in_words(missing)} of {self.place.num_processes}")
                 with contextlib.suppress(TimeoutError):
                     sock, address = listener.accept()
-                    self._greet(sock, address[0])
+                    # Whoever says nothing, or says it slowly, keeps nobody waiting.
+                    threading.Thread(
+                        target=self._greet, args=(sock, address[0]), name="greet", daemon=True
+                    ).start()
             self.jax_address = f"{bracketed(self.place.host)}:{_free_port(listener)}"
         self._report(f"all {self.place.num_processes} processes are there")
         for link in self._known_links():
@@ -180,20 +190,11 @@ class Leader:
 
     def _greet(self, sock: socket.socket, host: str) -> None:
         """Takes a process in, or tells it why not."""
-        sock.settimeout(GREETING_S)
-        hello = receive_frame(sock, MAX_GREETING_BYTES)
+        hello = receive_frame(sock, MAX_GREETING_BYTES, time.monotonic() + GREETING_S)
         if not isinstance(hello, Hello) or hello.protocol != PROTOCOL:
             sock.close()  # a port scanner, or a version that speaks otherwise
             return
-        reason = self._refusal(hello)
-        if reason is not None:
-            self._report(f"refused process {hello.process_id} ({host}): {reason}")
-            with contextlib.suppress(OSError):
-                send_frame(sock, Refused(reason))
-            sock.close()
-            return
         process_id = hello.process_id
-        self._report(f"process {process_id} is there ({host})")
         link = Link(
             without_delay(sock),
             f"process {process_id} ({host})",
@@ -201,11 +202,28 @@ class Leader:
             on_end=lambda: self._on_link_end(process_id),
         )
         with self._lock:
-            self._links[process_id] = link
-            self._values[process_id] = queue.SimpleQueue()
-        link.start()
+            refusal = self._refusal(hello)
+            if refusal is None:
+                self._report(f"process {process_id} is there ({host})")
+                self._links[process_id] = link
+                self._values[process_id] = queue.SimpleQueue()
+        if refusal is None:
+            link.start()
+            return
+        self._report(f"refused process {process_id} ({host}): {refusal.reason}")
+        link.send(Refused(refusal.told))
+        link.close()
 
-    def _refusal(self, hello: Hello) -> str | None:
+    def _refusal(self, hello: Hello) -> _Refusal | None:
+        """Returns why a process cannot be taken in. Needs the lock."""
+        if (reason := self._misplacement(hello)) is not None:
+            return _Refusal(reason, reason)
+        if (name := differing(hello.facts, self._facts)) is not None:
+            told = f"its {name} is not that of process 0, whose log has both"
+            return _Refusal(difference(name, hello.facts, self._facts), told)
+        return None
+
+    def _misplacement(self, hello: Hello) -> str | None:
         count = self.place.num_processes
         if hello.num_processes != count:
             return f"it has num_processes {hello.num_processes}; process 0 has {count}"
@@ -213,7 +231,7 @@ class Leader:
             return f"its process_id is {hello.process_id}; 1 to {count - 1} follow process 0"
         if hello.process_id not in self._missing():
             return f"there is a process {hello.process_id} already"
-        return difference(hello.facts, self._facts)
+        return None
 
     def _receive(self, process_id: int, frame: Frame) -> None:
         match frame:
@@ -250,7 +268,7 @@ def _listener(place: Place) -> socket.socket:
         raise ConfigError(
             f"process 0 cannot listen on the coordinator's port {place.port}: {error.strerror}"
         ) from error
-    sock.settimeout(RETRY_S)
+    sock.settimeout(ACCEPT_S)
     return sock
 
 

@@ -1,15 +1,13 @@
 """One TCP connection between process 0 and another: frames both ways, and the peer's silence.
 
-A frame is a 4-byte big-endian length and one msgpack message, as between front and engine. Nothing
-is encrypted and nobody is authenticated, as with jax's own coordinator: a private network is
-needed. Host only: imports no jax.
+Nothing is encrypted and nobody is authenticated, as with jax's own coordinator: a private network
+is needed. Host only: imports no jax.
 """
 
 from __future__ import annotations
 
 import contextlib
 import socket
-import struct
 import threading
 import time
 from collections.abc import Callable
@@ -17,9 +15,9 @@ from typing import Any
 
 import msgspec
 
-LENGTH = struct.Struct(">I")
-MAX_FRAME_BYTES = 2**30
-MAX_GREETING_BYTES = 2**20  # from a peer that is not known yet
+from jaxserve.engine.frames import LENGTH, MAX_FRAME_BYTES, frame_of
+
+MAX_GREETING_BYTES = 2**16  # from a peer that is not known yet
 BEAT_S = 1.0
 LOST_S = 5.0  # silence that means a peer is lost
 PROTOCOL = "jaxserve-cluster-2"
@@ -156,28 +154,32 @@ class Link:
 
 def send_frame(sock: socket.socket, frame: Frame) -> None:
     """Sends one frame, whole; raises OSError where that cannot be."""
-    body = _encoder.encode(frame)
-    assert len(body) <= MAX_FRAME_BYTES, len(body)
-    sock.sendall(LENGTH.pack(len(body)) + body)
+    sock.sendall(frame_of(_encoder.encode(frame)))
 
 
-def receive_frame(sock: socket.socket, limit: int) -> Frame | None:
+def receive_frame(
+    sock: socket.socket,
+    limit: int,  # of bytes
+    deadline_s: float | None = None,  # by the monotonic clock, for the whole of the frame
+) -> Frame | None:
     """Returns the next frame; None at the end, after an error, and for what is no frame."""
     try:
-        head = _receive(sock, LENGTH.size)
+        head = _receive(sock, LENGTH.size, deadline_s)
         if head is None or (size := LENGTH.unpack(head)[0]) > limit:
             return None
-        body = _receive(sock, size)
+        body = _receive(sock, size, deadline_s)
         frame: Frame | None = None if body is None else _decoder.decode(body)
         return frame
     except (OSError, msgspec.MsgspecError):
         return None
 
 
-def _receive(sock: socket.socket, size: int) -> bytearray | None:
+def _receive(sock: socket.socket, size: int, deadline_s: float | None) -> bytearray | None:
     body = bytearray(size)
     view, count = memoryview(body), 0
     while count < size:
+        if deadline_s is not None:
+            sock.settimeout(max(1e-3, deadline_s - time.monotonic()))
         received = sock.recv_into(view[count:])
         if not received:
             return None

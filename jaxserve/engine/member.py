@@ -16,7 +16,7 @@ from jaxserve.config import EngineConfig
 from jaxserve.engine.client import Deliver, EngineThread
 from jaxserve.engine.cluster import Place
 from jaxserve.engine.follower import Follower
-from jaxserve.engine.info import EngineStats
+from jaxserve.engine.info import EngineStats, Report
 from jaxserve.engine.leader import Leader
 from jaxserve.engine.peers import OnEnd, Peers, is_loopback
 from jaxserve.engine.request import Request
@@ -27,18 +27,28 @@ _STEPS_AHEAD = 2  # that a follower dispatches before the first of them is done
 # What may differ from process to process: where things lie on a host.
 _OWN_OPTIONS = {"compile_cache_dir", "tokenizer"}
 
-Report = Callable[[str], None]
-
 
 class Member:
     """Owns this process's end of the cluster. The thread that loads calls `start`, any `end`."""
 
-    def __init__(self, place: Place, config: EngineConfig, report: Report, on_end: OnEnd) -> None:
+    def __init__(
+        self,
+        place: Place,
+        config: EngineConfig,
+        report: Report,
+        on_end: OnEnd,
+        *,
+        on_heard: Callable[[], None],  # process 0 has been heard, by one that follows it
+    ) -> None:
         self._config = config
         self._report = report
         self._on_end = on_end
-        end = Follower if place.process_id else Leader
-        self._peers: Leader | Follower = end(place, _facts(config), report, on_end)
+        facts = _facts(config)
+        self._peers: Leader | Follower
+        if place.process_id:
+            self._peers = Follower(place, facts, report, on_end, on_heard=on_heard)
+        else:
+            self._peers = Leader(place, facts, report, on_end)
 
     def start(self, deliver: Deliver) -> EngineThread | FollowerEngine:
         """Joins the others and loads. What it raises the others are told first."""
@@ -50,13 +60,14 @@ class Member:
             return EngineThread(self._config, deliver, report=self._report, leader=self._peers)
         except Exception as error:
             name = "" if isinstance(error, JaxserveError) else f"{type(error).__name__}: "
-            who = "process 0 failed: " if isinstance(self._peers, Leader) else ""
-            self._peers.end(f"{who}{name}{error}")
+            self.end(f"{name}{error}")
             raise
 
-    def end(self) -> None:
-        """Ends the others in order, if this is process 0; else tells them that it goes."""
-        self._peers.end()
+    def end(self, reason: str | None = None) -> None:
+        """Ends the others if this is process 0, else tells it that this process goes, and why."""
+        if reason is not None and isinstance(self._peers, Leader):
+            reason = f"process 0 failed: {reason}"
+        self._peers.end(reason)
 
 
 class FollowerEngine:

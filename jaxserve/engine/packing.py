@@ -305,12 +305,17 @@ def narrow_params(sequence: Sequence) -> tuple[np.ndarray, np.ndarray]:
             *halves,
             params.min_tokens,
             len(sequence.tokens) - sequence.num_prompt,
-            -1 if params.logprobs is None else params.logprobs,
+            -1 if params.logprobs is None else num_top_logprobs(params),
             _options(params),
         ),
         np.int32,
     )
     return floats, ints
+
+
+def num_top_logprobs(params: SamplingParams) -> int:
+    """Returns how many tokens beside the chosen one a position of the answer reports."""
+    return len(params.logprob_token_ids or ()) or params.logprobs or 0
 
 
 def _options(params: SamplingParams) -> int:
@@ -319,7 +324,8 @@ def _options(params: SamplingParams) -> int:
     allowed = 2 if params.allowed_token_ids is not None else 0
     bad_words = 4 if params.bad_word_tokens else 0
     grammar = 8 if params.grammar is not None else 0
-    return bias | allowed | bad_words | grammar
+    logprob_tokens = 16 if params.logprob_token_ids else 0
+    return bias | allowed | bad_words | grammar | logprob_tokens
 
 
 def _pack_extras(
@@ -371,11 +377,12 @@ def _pack_history(parts: Parts, counted: list[Sequence]) -> None:
 def _pack_wide(row: Parts, sequence: Sequence, limits: Limits) -> None:
     params = sequence.request.params
     row["bias_tokens"].fill(limits.vocab_size)
-    if params.logit_bias:
-        count = len(params.logit_bias)
-        row["bias_tokens"][:count] = list(params.logit_bias)
-        values = np.array(list(params.logit_bias.values()), np.float32)
-        row["bias_values"][:count] = values.view(np.int32)
+    # Tokens whose logprobs were asked for lead the list; most of them are biased by nothing.
+    biases = dict.fromkeys(params.logprob_token_ids or (), 0.0) | (params.logit_bias or {})
+    if biases:
+        row["bias_tokens"][: len(biases)] = list(biases)
+        values = np.array(list(biases.values()), np.float32)
+        row["bias_values"][: len(biases)] = values.view(np.int32)
     if params.allowed_token_ids is not None:
         bits = np.zeros(limits.mask_words * 32, np.uint8)
         bits[list(params.allowed_token_ids)] = 1

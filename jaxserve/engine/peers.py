@@ -17,8 +17,8 @@ from jaxserve.errors import EngineStopped
 REPORT_S = 5.0  # between lines about who is missing
 RETRY_S = 0.2
 EXPLAIN_S = 6.0  # until a lost process is known to be lost
+_MAX_SHOWN = 200  # characters of a value
 
-Report = Callable[[str], None]
 OnEnd = Callable[[str | None], None]  # gets why the cluster cannot go on; None: it ended in order
 
 
@@ -67,15 +67,22 @@ class Fate:
         return EngineStopped(self.reason) if self.reason is not None else None
 
 
-def difference(
-    facts: Mapping[str, str],  # another process's
+def differing(
+    facts: Mapping[str, str],  # another process's, which may be a stranger's
     ours: Mapping[str, str],
 ) -> str | None:
-    """Returns in words the first thing in which another process differs from process 0."""
-    for name in dict.fromkeys([*ours, *facts]):
-        if facts.get(name) != ours.get(name):
-            return f"its {name} is {facts.get(name)}; process 0 has {ours.get(name)}"
-    return None
+    """Returns the name of the first thing in which another process differs from process 0."""
+    return next((name for name in ours if facts.get(name) != ours[name]), None)
+
+
+def difference(name: str, facts: Mapping[str, str], ours: Mapping[str, str]) -> str:
+    """Returns in words, on one line, how another process differs from process 0 in `name`."""
+    theirs = "missing" if name not in facts else _quoted(facts[name])
+    return f"its {name} is {theirs}; process 0 has {_quoted(ours[name])}"
+
+
+def _quoted(value: str) -> str:
+    return repr(value if len(value) <= _MAX_SHOWN else f"{value[:_MAX_SHOWN]}...")
 
 
 def is_loopback(host: str) -> bool:

@@ -19,17 +19,18 @@ from typing import Any, Protocol
 
 from jaxserve.config import EngineConfig, from_table
 from jaxserve.engine.cluster import Place
-from jaxserve.engine.info import EngineInfo, EngineStats
+from jaxserve.engine.frames import LENGTH
+from jaxserve.engine.info import EngineInfo, EngineStats, Report
 from jaxserve.engine.member import Member
 from jaxserve.engine.request import Request, Update
 from jaxserve.engine.wire import (
-    LENGTH,
     Abort,
     Admitted,
     AskStats,
     Close,
     Died,
     Ended,
+    Joined,
     Prepare,
     Progress,
     Ready,
@@ -83,7 +84,7 @@ class Engine(Protocol):
 
 
 Deliver = Callable[[list[Update]], None]
-MakeEngine = Callable[[EngineConfig, Deliver, Callable[[str], None]], Engine]
+MakeEngine = Callable[[EngineConfig, Deliver, Report], Engine]
 
 
 class Outbox:
@@ -133,12 +134,13 @@ def serve_ipc(
     make_engine: MakeEngine,
     *,
     outbox: Outbox | None = None,
-    on_front_lost: Callable[[], None] | None = None,
+    on_close: Callable[[Close | None], None] = lambda message: None,
 ) -> None:
     """Serves one front until it closes or dies; the engine loads on a thread of its own.
 
     `make_engine` is called with the options, `deliver` (takes one step's updates, never blocks)
-    and `report` (takes a line about loading).
+    and `report` (takes a line about loading). `on_close` is called before the engine is closed,
+    with None where the front is lost.
     """
     frames = sock.makefile("rb")
     outbox = outbox or Outbox(sock)
@@ -158,8 +160,7 @@ def serve_ipc(
         else:
             _obey(message, engines[0], outbox)
     preparing.shutdown(wait=False, cancel_futures=True)
-    if message is None and on_front_lost is not None:
-        on_front_lost()
+    on_close(message if isinstance(message, Close) else None)
     if engines:
         engines[0].close()
     outbox.close()
@@ -247,6 +248,9 @@ def _prepare(message: Prepare, engine: Engine, outbox: Outbox) -> None:
         engine.prepare(message.grammar)
     except JaxserveError as error:
         outbox.put(_refused(message.call, error, outbox))
+    except Exception as error:  # a bug: whoever waits for the answer must not wait for ever
+        traceback.print_exception(error)
+        outbox.put(Admitted(message.call, "EngineStopped", f"{type(error).__name__}: {error}"))
     else:
         outbox.put(Admitted(message.call))
 
@@ -282,7 +286,7 @@ def main() -> None:
     os._exit(0)
 
 
-def _make_engine(config: EngineConfig, deliver: Deliver, report: Callable[[str], None]) -> Engine:
+def _make_engine(config: EngineConfig, deliver: Deliver, report: Report) -> Engine:
     from jaxserve.engine.client import EngineThread
 
     return EngineThread(config, deliver, report=report)
@@ -299,14 +303,21 @@ def _serve_member(sock: socket.socket, place: Place) -> None:
         # A step whose collectives wait for a lost process cannot be joined.
         os._exit(0 if reason is None else 1)
 
-    def make_engine(
-        config: EngineConfig, deliver: Deliver, report: Callable[[str], None]
-    ) -> Engine:
-        members.append(Member(place, config, report, on_end))
+    def make_engine(config: EngineConfig, deliver: Deliver, report: Report) -> Engine:
+        members.append(Member(place, config, report, on_end, on_heard=lambda: outbox.put(Joined())))
         return members[0].start(deliver)
 
-    # Without its front this process is lost to the others: no word, and they end, too.
-    serve_ipc(sock, make_engine, outbox=outbox, on_front_lost=lambda: os._exit(1))
+    def on_close(message: Close | None) -> None:
+        if message is None:
+            # Without its front this process is lost to the others: no word, and they end, too.
+            os._exit(1)
+        if message.reason is not None and members:
+            members[0].end(message.reason)
+            outbox.close()
+            # A step that the others no longer take part in cannot be joined.
+            os._exit(1)
+
+    serve_ipc(sock, make_engine, outbox=outbox, on_close=on_close)
     if members:
         members[0].end()
 

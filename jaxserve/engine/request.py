@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
+from jaxserve.engine.repetition import RepetitionDetection
 from jaxserve.errors import RequestError
 from jaxserve.structured_outputs import Grammar, StructuredOutputsParams
 
-FinishReason = Literal["stop", "length", "abort"]
+# "repetition" is found by the text side, as stop strings are: to the engine it is an abort.
+FinishReason = Literal["stop", "length", "abort", "repetition"]
 
 MAX_STOP_STRINGS = 16
 MAX_STOP_TOKENS = 64
@@ -20,7 +22,9 @@ MAX_EOS_TOKENS = 16  # of a model
 MAX_LOGIT_BIAS = 1024
 MAX_BAD_WORDS = 128
 MAX_BAD_WORD_TOKENS = 8
+MAX_LOGPROB_TOKENS = 128
 MAX_SAMPLES = 128
+ALL_LOGPROBS = -1  # as a number of logprobs: of the whole vocabulary
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +55,7 @@ class SamplingParams:
     ignore_eos: bool = False
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    logprob_token_ids: tuple[int, ...] | list[int] | None = ()  # told in the likeliest ones' place
     logit_bias: dict[int, float] | None = None
     allowed_token_ids: tuple[int, ...] | list[int] | None = None
     bad_words: tuple[str, ...] | list[str] | None = ()
@@ -62,6 +67,7 @@ class SamplingParams:
     spaces_between_special_tokens: bool = True
     # Special tokens that are text although `skip_special_tokens` hides others: marks of calls.
     shown_special_tokens: tuple[str, ...] = ()
+    repetition_detection: RepetitionDetection | None = None
 
     def __post_init__(self) -> None:
         # The only writes to a frozen value: list-valued arguments become tuples before use.
@@ -70,6 +76,9 @@ class SamplingParams:
         object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
         object.__setattr__(self, "bad_words", tuple(self.bad_words or ()))
         object.__setattr__(self, "shown_special_tokens", tuple(self.shown_special_tokens))
+        object.__setattr__(
+            self, "logprob_token_ids", tuple(dict.fromkeys(self.logprob_token_ids or ()))
+        )
         if self.allowed_token_ids is not None:
             object.__setattr__(self, "allowed_token_ids", tuple(self.allowed_token_ids))
         _check_numbers(self)
@@ -96,6 +105,7 @@ class SamplingParams:
             ("logit_bias", tuple(self.logit_bias or ())),
             ("allowed_token_ids", self.allowed_token_ids or ()),
             ("stop_token_ids", self.stop_token_ids or ()),
+            ("logprob_token_ids", self.logprob_token_ids or ()),
             ("bad_words", tuple(token for word in self.bad_word_tokens for token in word)),
         ):
             for token in tokens:
@@ -108,8 +118,18 @@ class SamplingParams:
             ("logprobs", self.logprobs),
             ("prompt_logprobs", self.prompt_logprobs),
         ):
+            if count == ALL_LOGPROBS and max_logprobs < vocab_size:
+                raise RequestError(
+                    f"{param} is -1, all {vocab_size} tokens; the limit is {max_logprobs}",
+                    param=param,
+                )
             if count is not None and count > max_logprobs:
                 raise RequestError(f"{param} is {count}; the limit is {max_logprobs}", param=param)
+        if (count := len(self.logprob_token_ids or ())) > max_logprobs:
+            raise RequestError(
+                f"logprob_token_ids has {count} entries; the limit is {max_logprobs}",
+                param="logprob_token_ids",
+            )
 
 
 def _check_numbers(params: SamplingParams) -> None:
@@ -134,8 +154,8 @@ def _check_numbers(params: SamplingParams) -> None:
         ("min_tokens", 0, 2**31 - 1),
         ("max_tokens", 1, 2**31 - 1),
         ("seed", -(2**63), 2**63 - 1),
-        ("logprobs", 0, 2**31 - 1),
-        ("prompt_logprobs", 0, 2**31 - 1),
+        ("logprobs", ALL_LOGPROBS, 2**31 - 1),
+        ("prompt_logprobs", ALL_LOGPROBS, 2**31 - 1),
     ):
         count = getattr(params, name)
         if count is None and name not in ("n", "top_k", "min_tokens"):
@@ -166,6 +186,7 @@ def _check_lists(params: SamplingParams) -> None:
         ("stop", MAX_STOP_STRINGS),
         ("stop_token_ids", MAX_STOP_TOKENS),
         ("logit_bias", MAX_LOGIT_BIAS),
+        ("logprob_token_ids", MAX_LOGPROB_TOKENS),
         ("bad_words", MAX_BAD_WORDS),
         ("bad_word_tokens", MAX_BAD_WORDS),
     ):
@@ -196,6 +217,13 @@ def _check_tokens(params: SamplingParams) -> None:
     if params.allowed_token_ids is not None and not params.allowed_token_ids:
         raise RequestError(
             "allowed_token_ids is empty; no token could follow", param="allowed_token_ids"
+        )
+    if params.logprob_token_ids and params.logprobs is None:
+        raise RequestError("logprob_token_ids needs logprobs", param="logprob_token_ids")
+    if len({*(params.logprob_token_ids or ()), *(params.logit_bias or ())}) > MAX_LOGIT_BIAS:
+        raise RequestError(
+            f"logit_bias and logprob_token_ids hold more than {MAX_LOGIT_BIAS} tokens together",
+            param="logprob_token_ids",
         )
     for word in params.bad_word_tokens:
         if not 1 <= len(word) <= MAX_BAD_WORD_TOKENS:
@@ -229,7 +257,14 @@ class TokenLogprobs:
     token: int
     logprob: float
     rank: int  # 1 is the most likely token
-    top: tuple[tuple[int, float], ...]  # (token, logprob), most likely first
+    top: tuple[tuple[int, float], ...]  # (token, logprob): likeliest first, or as asked for by id
+
+
+class Timeline(NamedTuple):
+    """How the engine has dealt with a request so far, for metrics."""
+
+    started_s: float  # time.monotonic() of the machine, when its first step was dispatched
+    num_preemptions: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -244,4 +279,5 @@ class Update:
     stop_token: int | None = None  # the stop_token_ids entry that ended it; None for EOS
     is_complete: bool = False  # its grammar allows no more: the last token is text, and no stop
     num_cached_tokens: int = 0  # prompt tokens whose pages were reused
+    timeline: Timeline | None = None  # with the first token, the last, and after a preemption
     error: str | None = None  # the engine cannot finish it; the text says why

@@ -16,7 +16,14 @@ from jax.sharding import NamedSharding
 
 from jaxserve.engine.executables import ExecutableStore
 from jaxserve.engine.jax_compat import accept_packed_arguments
-from jaxserve.engine.packing import Packed, blob_layout, empty_blob, extras_layout, pack
+from jaxserve.engine.packing import (
+    Packed,
+    blob_layout,
+    empty_blob,
+    extras_layout,
+    num_top_logprobs,
+    pack,
+)
 from jaxserve.engine.peers import Peers
 from jaxserve.engine.request import TokenLogprobs
 from jaxserve.engine.sequence import SpanResult, StepPlan
@@ -164,7 +171,7 @@ class Runner:
             results.append(
                 SpanResult(
                     token=tokens[last] if span.samples else None,
-                    logprobs=token_logprobs(report[last], params.logprobs or 0)
+                    logprobs=token_logprobs(report[last], num_top_logprobs(params))
                     if has_logprobs
                     else None,
                     prompt_logprobs=tuple(
@@ -180,7 +187,7 @@ def token_logprobs(
     row: np.ndarray,  # [3 + 2 * max_logprobs] i32, as `ops.sampling.sample` reports it
     count: int,
 ) -> TokenLogprobs:
-    """Returns the chosen token's log-probability and the `count` most likely tokens'."""
+    """Returns the chosen token's log-probability and the `count` most likely (or listed) ones'."""
     max_logprobs = (len(row) - 3) // 2
     values = row.view(np.float32)
     tops = row[3 : 3 + count].tolist()
@@ -227,6 +234,7 @@ def compile_programs(
     spec: StepSpec,
     state: Any,  # DeviceState of ShapeDtypeStructs
     buckets: tuple[Bucket, ...],
+    *,
     store: ExecutableStore | None,
     peers: Peers | None = None,
 ) -> Iterator[tuple[Bucket, jax.stages.Compiled]]:

@@ -9,7 +9,7 @@ rank stands idle beside a queue; a preempted one may go on at another rank.
 
 `plan_step` reserves slots and pages as it decides, since whether pages can be had (and who is
 preempted for them) is itself the decision; what each span may compute is a pure function of the
-sequence and of what is left (`span_for`). Progress is recorded in one place, once the plan is
+sequence and of what is left (`span_for`). Timeline is recorded in one place, once the plan is
 complete (`_advance`): from then on the plan must be dispatched, before the next one.
 
 Host only: imports no jax.
@@ -27,7 +27,7 @@ from jaxserve.engine.draft import Draft, plan_of
 from jaxserve.engine.pages import PagePool
 from jaxserve.engine.prefix_cache import PrefixCache
 from jaxserve.engine.rank import Rank
-from jaxserve.engine.request import FinishReason, Request, TokenLogprobs, Update
+from jaxserve.engine.request import FinishReason, Request, Timeline, TokenLogprobs, Update
 from jaxserve.engine.sequence import Sequence, SpanResult, StepPlan, end_of, sequence_for
 from jaxserve.errors import PromptTooLong, QueueFull, RequestError
 
@@ -282,6 +282,7 @@ class Scheduler:
         is_first = sequence.num_outputs == 1
         self.totals.generation_tokens += 1
         self.totals.prompt_tokens += sequence.num_prompt if is_first else 0
+        tells = is_first or end_reason is not None or sequence.num_preemptions
         scores_prompt = is_first and params.prompt_logprobs is not None
         return Update(
             request_id=sequence.request.request_id,
@@ -292,4 +293,5 @@ class Scheduler:
             stop_token=stop_token,
             is_complete=end_reason == "stop" and token not in sequence.end_tokens,
             num_cached_tokens=sequence.num_cached or 0 if is_first else 0,
+            timeline=Timeline(sequence.started_s, sequence.num_preemptions) if tells else None,
         )

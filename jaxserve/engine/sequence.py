@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True, eq=False, kw_only=True)
 class Sequence:
-    """A request in flight. Changed by the scheduler only, on the engine thread.
+    """A request in flight. Changed by the scheduler only, but for `started_s`, on its thread.
 
     Positions, with a token in flight:
 
@@ -37,6 +37,7 @@ class Sequence:
     num_computed: int = 0
     num_in_flight: int = 0
     num_preemptions: int = 0
+    started_s: float = 0.0  # set by the core, which has the clock, when it is first admitted
     num_cached: int | None = None  # prompt tokens hit in the prefix cache when first admitted
     rank: int | None = None  # of the data axis; set while the sequence runs, as `slot` is
     slot: int | None = None  # of the rank's
@@ -68,6 +69,7 @@ class Sequence:
         params = self.request.params
         return bool(
             params.logit_bias
+            or params.logprob_token_ids
             or params.allowed_token_ids is not None
             or params.bad_word_tokens
             or params.min_tokens > 0

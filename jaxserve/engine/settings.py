@@ -17,6 +17,7 @@ from jaxserve.errors import ConfigError, WeightError
 from jaxserve.mesh import num_parts
 from jaxserve.models.loading import AbstractModel
 from jaxserve.ops.attention import Choice, LayerShape, choose_backend
+from jaxserve.ops.moe import ExpertsChoice, choose_experts_backend
 from pallas_kernels.ragged_paged_attention import KVLayout
 
 _CPU_KV_BYTES = 2 * 2**30
@@ -60,6 +61,7 @@ class Settings:
 
     limits: Limits
     attention: Choice
+    experts: ExpertsChoice | None  # None: the model has none
     num_layers: int
     vocab_part: int  # tokens whose logits each device computes
     min_rows: int
@@ -69,6 +71,12 @@ class Settings:
     def layout(self) -> KVLayout:
         """How the attention backend keeps pages."""
         return self.attention.layout
+
+    @property
+    def warnings(self) -> list[str]:
+        """Why what is slower than it might be is so."""
+        chosen = (self.attention, self.experts)
+        return [choice.warning for choice in chosen if choice is not None and choice.warning]
 
     @property
     def page_bytes(self) -> int:
@@ -142,11 +150,27 @@ def settings_for(
     return Settings(
         limits=limits,
         attention=choose_backend(config.attention_backend, device, shape),
+        experts=_experts(config.attention_backend, model, device.platform),
         num_layers=model.config.num_layers,
         vocab_part=model.vocab_size // num_parts(mesh, "vocab"),
         min_rows=defaults.min_rows,
         max_waiting=_chosen(config.max_num_queued_reqs, max(64, 4 * num_slots * limits.num_ranks)),
     )
+
+
+def _experts(requested: str, model: AbstractModel, platform: str) -> ExpertsChoice | None:
+    weights = [parameter.value for parameter in model.parameters if len(parameter.dense.shape) == 3]
+    return choose_experts_backend(requested, platform, weights) if weights else None
+
+
+def temporary_bytes_of(program: jax.stages.Compiled) -> int:
+    """Returns what a program takes on each device beside its arguments.
+
+    What it returns in place of a donated argument is none of it.
+    """
+    sizes: Any = program.memory_analysis()
+    kept = max(0, sizes.output_size_in_bytes - sizes.alias_size_in_bytes)
+    return int(sizes.temp_size_in_bytes) + int(kept)
 
 
 def num_pages_for(

@@ -18,18 +18,21 @@ import numpy as np
 from jaxserve.config import EngineConfig, compile_cache_path
 from jaxserve.engine.abstract import AbstractEngine, abstract_engine
 from jaxserve.engine.executables import ExecutableStore, private_directory
-from jaxserve.engine.info import EngineInfo
+from jaxserve.engine.info import EngineInfo, Report
 from jaxserve.engine.kv_scales import kv_scales_for, with_scales
-from jaxserve.engine.peers import Peers, difference
+from jaxserve.engine.peers import Peers, difference, differing
 from jaxserve.engine.runner import Publish, Runner, compile_programs
-from jaxserve.engine.settings import device_line, eos_tokens_of, num_pages_for
+from jaxserve.engine.settings import (
+    device_line,
+    eos_tokens_of,
+    num_pages_for,
+    temporary_bytes_of,
+)
 from jaxserve.engine.step import DeviceState, state_specs
 from jaxserve.errors import ConfigError
 from jaxserve.mesh import local_device, num_processes
 from jaxserve.models.checkpoint import open_checkpoint, resolve
 from jaxserve.models.loading import dummy_params, load_params, stored_formats
-
-Report = Callable[[str], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,12 +61,12 @@ def start(
     num_pages = _num_pages(config, engine)
     if peers is not None:
         num_pages = min(peers.exchange(num_pages))
-    runner = _make_runner(loaded, num_pages, cache_dir, report, peers, publish)
+    runner = _make_runner(loaded, num_pages, cache_dir, report=report, peers=peers, publish=publish)
     info = EngineInfo(
         model=config.model,
         max_model_len=limits.max_model_len,
         vocab_size=engine.model.config.vocab_size,
-        max_logprobs=config.max_logprobs,
+        max_logprobs=engine.spec.max_logprobs,
         max_num_seqs=limits.num_slots * limits.num_ranks,
         max_num_batched_tokens=limits.max_step_tokens,
         page_size=limits.page_size,
@@ -71,6 +74,7 @@ def start(
         num_slots=limits.num_slots * limits.num_ranks,
         eos_tokens=loaded.eos_tokens,
         scheduling_policy=config.scheduling_policy,
+        enable_prefix_caching=config.enable_prefix_caching,
         quantization=engine.model.quantization,
         kv_cache_dtype=engine.dtypes.kv_cache.name,
         mesh=str(engine.shape),
@@ -78,6 +82,7 @@ def start(
         device=device_line(engine.device),
         dtype=engine.dtypes.weights.name,
         attention=engine.settings.attention.backend,
+        experts="none" if engine.settings.experts is None else engine.settings.experts.backend,
         num_programs=runner.num_programs,
         ready_s=time.monotonic() - started_s,
     )
@@ -92,11 +97,12 @@ def start(
 
 
 def _ready_line(info: EngineInfo) -> str:
+    experts = "" if info.experts == "none" else f"experts {info.experts}, "
     where = f", {info.num_processes} processes" if info.num_processes > 1 else ""
     return (
         f"ready in {info.ready_s:.1f} s: {info.device}, {info.dtype} weights "
         f"(quantised: {info.quantization}), {info.kv_cache_dtype} KV, "
-        f"attention {info.attention}, mesh {info.mesh}{where}, "
+        f"attention {info.attention}, {experts}mesh {info.mesh}{where}, "
         f"{info.num_pages} pages of {info.page_size} tokens, {info.num_slots} slots, "
         f"{info.num_programs} programs"
     )
@@ -122,7 +128,7 @@ def _load(config: EngineConfig, report: Report, peers: Peers | None) -> _Loaded:
         _check_processes(engine, peers)
         if peers is not None:
             _agree(peers, engine)
-        if (warning := engine.settings.attention.warning) is not None:
+        for warning in engine.settings.warnings:
             report(f"warning: {warning}")
         report(f"loading {config.model}: {model.num_params / 1e6:.0f}M parameters")
         if is_dummy:
@@ -161,12 +167,14 @@ def _agree(peers: Peers, engine: AbstractEngine) -> None:
         "dtypes": ", ".join(f"{name} {dtype}" for name, dtype in vars(engine.dtypes).items()),
         "limits": repr(engine.settings.limits),
         "attention": repr(engine.settings.attention.layout),
+        "experts": repr(engine.settings.experts),
         "quantization": engine.model.quantization,
         "device": local_device(engine.mesh).device_kind,
     }
     facts_of_all = peers.exchange(facts)
     for process_id, theirs in enumerate(facts_of_all):
-        if (reason := difference(theirs, facts_of_all[0])) is not None:
+        if (name := differing(theirs, facts_of_all[0])) is not None:
+            reason = difference(name, theirs, facts_of_all[0])
             raise ConfigError(f"process {process_id} does not fit: {reason}")
 
 
@@ -177,9 +185,7 @@ def _num_pages(config: EngineConfig, engine: AbstractEngine) -> int:
     if memory_bytes is not None:
         limits = engine.settings.limits
         lowered = engine.lower(engine.buckets[-1], limits.pages_per_sequence)
-        analysis = lowered.compile().memory_analysis()
-        assert analysis is not None, engine.device
-        temporary_bytes = analysis.temp_size_in_bytes + analysis.output_size_in_bytes
+        temporary_bytes = temporary_bytes_of(lowered.compile())
     return num_pages_for(
         config,
         engine.settings,
@@ -194,6 +200,7 @@ def _make_runner(
     loaded: _Loaded,
     num_pages: int,
     cache_dir: Path | None,
+    *,
     report: Report,
     peers: Peers | None,
     publish: Publish | None,
@@ -219,7 +226,7 @@ def _make_runner(
     )
     advance = progress(report, "compiling")
     programs = compile_programs(
-        engine.model, engine.spec, engine.state(num_pages), buckets, store, peers
+        engine.model, engine.spec, engine.state(num_pages), buckets, store=store, peers=peers
     )
     for bucket, program in programs:
         runner.hold(bucket, program)

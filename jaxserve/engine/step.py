@@ -36,7 +36,8 @@ from jaxserve.ops.sampling_state import (
     record_tokens,
     set_grammar,
 )
-from pallas_kernels.ragged_paged_attention import Backend, KVLayout
+from pallas_kernels import grouped_matmul, ragged_paged_attention
+from pallas_kernels.ragged_paged_attention import KVLayout
 
 Parts: TypeAlias = dict[str, jax.Array]
 
@@ -73,7 +74,8 @@ class StepSpec:
     mesh: Mesh
     limits: Limits
     max_logprobs: int
-    attention: Backend
+    attention: ragged_paged_attention.Backend
+    experts: grouped_matmul.Backend
     is_gathered: bool = False  # every device gets all ranks' output, as one process reads it
 
 
@@ -242,4 +244,5 @@ def _batch(state: DeviceState, parts: Parts, spec: StepSpec) -> Batch:
         cu_q_lens=cu_q_lens,
         counts=parts["counts"],
         attention=spec.attention,
+        experts=spec.experts,
     )

@@ -1,24 +1,21 @@
 """What travels between the front and the engine process: msgpack frames, never pickle.
 
-A frame is a 4-byte big-endian length and one msgpack message; all that one engine step brings
-travels in one frame. Host only: imports no jax.
+All that one engine step brings travels in one frame. Host only: imports no jax.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import struct
 from typing import Any
 
 import msgspec
 
+from jaxserve.engine.frames import MAX_FRAME_BYTES, frame_of
 from jaxserve.engine.info import EngineInfo, EngineStats
+from jaxserve.engine.repetition import RepetitionDetection
 from jaxserve.engine.request import Request, SamplingParams, Update
 from jaxserve.errors import RequestError
 from jaxserve.structured_outputs import Grammar, Vocabulary
-
-LENGTH = struct.Struct(">I")
-MAX_FRAME_BYTES = 2**30
 
 
 class Start(msgspec.Struct, array_like=True, tag=True):
@@ -71,7 +68,9 @@ class AskStats(msgspec.Struct, array_like=True, tag=True):
 
 
 class Close(msgspec.Struct, array_like=True, tag=True):
-    """The engine process is to end."""
+    """The engine process is to end; in order, and its cluster with it, where there is no reason."""
+
+    reason: str | None = None
 
 
 class Progress(msgspec.Struct, array_like=True, tag=True):
@@ -115,12 +114,16 @@ class Died(msgspec.Struct, array_like=True, tag=True):
     message: str
 
 
+class Joined(msgspec.Struct, array_like=True, tag=True):
+    """Process 0 of the cluster has been heard: from now on it decides when this process ends."""
+
+
 class Ended(msgspec.Struct, array_like=True, tag=True):
     """The engine has ended in order, as process 0 of its cluster asked; the process ends."""
 
 
 ToEngine = Start | SetVocabulary | Prepare | Submit | Abort | AskStats | Close
-ToFront = Progress | Ready | Admitted | Updates | Stats | Died | Ended
+ToFront = Progress | Joined | Ready | Admitted | Updates | Stats | Died | Ended
 
 _encoder = msgspec.msgpack.Encoder()
 engine_decoder = msgspec.msgpack.Decoder(ToEngine)
@@ -136,7 +139,7 @@ def pack_frame(message: ToEngine | ToFront) -> bytes:
             f"the message to or from the engine has {len(body)} bytes; "
             f"the limit is {MAX_FRAME_BYTES}"
         )
-    return LENGTH.pack(len(body)) + body
+    return frame_of(body)
 
 
 def pack_request(request: Request) -> RequestFrame:
@@ -157,6 +160,8 @@ def unpack_request(frame: RequestFrame) -> Request:
     params = dict(frame.params)
     if words := params.get("bad_word_tokens"):
         params["bad_word_tokens"] = tuple(tuple(word) for word in words)
+    if (detection := params.get("repetition_detection")) is not None:
+        params["repetition_detection"] = RepetitionDetection(**detection)
     if grammar := params.get("grammar"):
         params["grammar"] = msgspec.convert(grammar, Grammar)
     return Request(

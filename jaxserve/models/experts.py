@@ -92,8 +92,7 @@ class Mixture(nnx.Module):
             first_expert=index_along("experts") * num_experts,
             num_tokens=batch.cu_q_lens[batch.counts[1]],
             activation=jax.nn.silu,
-            # A device whose attention has a kernel has one for experts, and no other has.
-            backend="tpu" if batch.attention == "tpu" else "reference",
+            backend=batch.experts,
         )
         return sum_over(out.astype(x.dtype), "experts", "expert_ffw")
 

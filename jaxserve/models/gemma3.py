@@ -38,6 +38,8 @@ class Gemma3Config:
     has_attention_bias: bool
     is_tied: bool  # the head is the embedding
     max_positions: int
+    num_experts: int = 0
+    expert_ffw_size: int = 0
 
     @classmethod
     def from_hf(cls, config: dict[str, Any]) -> Gemma3Config:

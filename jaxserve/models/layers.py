@@ -17,7 +17,7 @@ from jaxserve.ops.attention import attend
 from jaxserve.ops.linear import linear, matmul_f32
 from jaxserve.ops.norm import rms_norm
 from jaxserve.ops.parallel import parts_along, sum_over
-from jaxserve.ops.rope import apply_rope
+from jaxserve.ops.rope import Rope, apply_rope, inverse_frequencies, rope_angles
 from jaxserve.ops.vocab import first_token, local_tokens
 
 Angles: TypeAlias = tuple[jax.Array, jax.Array]  # of `rope_angles`
@@ -46,6 +46,16 @@ class Widths(Protocol):
 
     @property
     def norm_eps(self) -> float: ...
+
+
+class RotaryWidths(Widths, Protocol):
+    """What `forward` reads of one as well."""
+
+    @property
+    def num_layers(self) -> int: ...
+
+    @property
+    def rope(self) -> Rope: ...
 
 
 class DecoderLayer(Protocol):
@@ -231,6 +241,20 @@ class Decoder(nnx.Module):
                 x, state = layer(x, layer_angles, batch, state)
             states.append(state)
         return x, tuple(states)
+
+
+def forward(
+    config: RotaryWidths,
+    decoder: Decoder,
+    batch: Batch,
+    cache: Cache,
+    *,
+    dtype: jnp.dtype,  # of what flows between layers
+) -> tuple[jax.Array, Cache]:  # [tokens, hidden], before the final norm
+    """Computes the step's tokens in a model whose layers all rotate alike."""
+    frequencies = inverse_frequencies(config.head_dim, config.rope.theta, config.rope.scaling)
+    angles = [rope_angles(batch.positions, frequencies)] * config.num_layers
+    return decoder.visit(decoder.embed(batch, dtype), angles, batch, cache)
 
 
 def head_of(config: Widths, dtype: jnp.dtype) -> Linear:

@@ -12,8 +12,8 @@ from flax import nnx
 from jaxserve.batch import Batch, Cache
 from jaxserve.models.experts import ExpertLayer
 from jaxserve.models.hf_config import check_experts, refuse_unless
-from jaxserve.models.layers import Attention, Decoder, Norm, head_logits, head_of
-from jaxserve.ops.rope import Rope, inverse_frequencies, rope_angles, rope_from_hf
+from jaxserve.models.layers import Attention, Decoder, Norm, forward, head_logits, head_of
+from jaxserve.ops.rope import Rope, rope_from_hf
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +31,7 @@ class MixtralConfig:
     head_dim: int
     norm_eps: float
     rope: Rope
-    sliding_window: int | None
+    windows: tuple[int | None, ...]  # keys each layer sees; None: all
     is_tied: bool  # the head is the embedding
     max_positions: int
     is_renormalized: bool = True
@@ -62,7 +62,7 @@ class MixtralConfig:
             head_dim=config.get("head_dim") or config["hidden_size"] // heads,
             norm_eps=config.get("rms_norm_eps", 1e-5),
             rope=rope_from_hf(config, 1e6),
-            sliding_window=config.get("sliding_window"),
+            windows=(config.get("sliding_window"),) * config["num_hidden_layers"],
             is_tied=config.get("tie_word_embeddings", False),
             max_positions=config.get("max_position_embeddings", 131072),
         )
@@ -78,23 +78,18 @@ class Mixtral(nnx.Module):
         dtype: jnp.dtype,  # of weights
         activation_dtype: jnp.dtype,  # of what flows between layers
     ) -> None:
-        def layer() -> ExpertLayer:
-            attention = Attention(config, dtype, sliding_window=config.sliding_window)
-            return ExpertLayer(config, attention, dtype)
+        def layer(window: int | None) -> ExpertLayer:
+            return ExpertLayer(config, Attention(config, dtype, sliding_window=window), dtype)
 
         norm = Norm(config.hidden_size, config.norm_eps, dtype)
-        self.model = Decoder(config, [layer() for _ in range(config.num_layers)], norm, dtype)
+        self.model = Decoder(config, [layer(window) for window in config.windows], norm, dtype)
         self.lm_head = None if config.is_tied else head_of(config, dtype)
         self.config = config
         self.activation_dtype = activation_dtype
 
     def __call__(self, batch: Batch, cache: Cache) -> tuple[jax.Array, Cache]:
         """Computes the step's tokens. Returns `[tokens, hidden]`, before the final norm."""
-        config, rope = self.config, self.config.rope
-        frequencies = inverse_frequencies(config.head_dim, rope.theta, rope.scaling)
-        angles = [rope_angles(batch.positions, frequencies)] * config.num_layers
-        x = self.model.embed(batch, self.activation_dtype)
-        return self.model.visit(x, angles, batch, cache)
+        return forward(self.config, self.model, batch, cache, dtype=self.activation_dtype)
 
     def logits(self, hidden: jax.Array) -> jax.Array:  # [rows, hidden] -> [rows, vocab] f32
         """Returns the logits of the tokens that follow the given rows."""

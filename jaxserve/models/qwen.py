@@ -12,8 +12,8 @@ from flax import nnx
 from jaxserve.batch import Batch, Cache
 from jaxserve.errors import WeightError
 from jaxserve.models.hf_config import layer_windows, refuse_unless
-from jaxserve.models.layers import Attention, Decoder, Layer, Norm, head_logits, head_of
-from jaxserve.ops.rope import Rope, inverse_frequencies, rope_angles, rope_from_hf
+from jaxserve.models.layers import Attention, Decoder, Layer, Norm, forward, head_logits, head_of
+from jaxserve.ops.rope import Rope, rope_from_hf
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +35,8 @@ class QwenConfig:
     has_head_norms: bool  # of queries and keys
     is_tied: bool  # the head is the embedding
     max_positions: int
+    num_experts: int = 0
+    expert_ffw_size: int = 0
 
     @classmethod
     def from_hf(cls, config: dict[str, Any]) -> QwenConfig:
@@ -106,11 +108,7 @@ class Qwen(nnx.Module):
 
     def __call__(self, batch: Batch, cache: Cache) -> tuple[jax.Array, Cache]:
         """Computes the step's tokens. Returns `[tokens, hidden]`, before the final norm."""
-        config, rope = self.config, self.config.rope
-        frequencies = inverse_frequencies(config.head_dim, rope.theta, rope.scaling)
-        angles = [rope_angles(batch.positions, frequencies)] * config.num_layers
-        x = self.model.embed(batch, self.activation_dtype)
-        return self.model.visit(x, angles, batch, cache)
+        return forward(self.config, self.model, batch, cache, dtype=self.activation_dtype)
 
     def logits(self, hidden: jax.Array) -> jax.Array:  # [rows, hidden] -> [rows, vocab] f32
         """Returns the logits of the tokens that follow the given rows."""

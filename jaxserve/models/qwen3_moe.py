@@ -19,10 +19,11 @@ from jaxserve.models.layers import (
     DecoderLayer,
     Layer,
     Norm,
+    forward,
     head_logits,
     head_of,
 )
-from jaxserve.ops.rope import Rope, inverse_frequencies, rope_angles, rope_from_hf
+from jaxserve.ops.rope import Rope, rope_from_hf
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +44,7 @@ class Qwen3MoeConfig:
     head_dim: int
     norm_eps: float
     rope: Rope
-    sliding_window: int | None
+    windows: tuple[int | None, ...]  # keys each layer sees; None: all
     has_bias: bool  # of attention's four matrices
     is_tied: bool  # the head is the embedding
     max_positions: int
@@ -63,7 +64,7 @@ class Qwen3MoeConfig:
             "num_local_experts" if "num_local_experts" in config else "num_experts"
         ]
         check_experts(num_experts, config["num_experts_per_tok"])
-        sliding_window = config.get("sliding_window", 4096)
+        window = config.get("sliding_window", 4096) if config.get("use_sliding_window") else None
         return cls(
             vocab_size=config["vocab_size"],
             hidden_size=config["hidden_size"],
@@ -79,7 +80,7 @@ class Qwen3MoeConfig:
             head_dim=config.get("head_dim") or config["hidden_size"] // heads,
             norm_eps=config.get("rms_norm_eps", 1e-6),
             rope=rope_from_hf(config, 10000.0),
-            sliding_window=sliding_window if config.get("use_sliding_window") else None,
+            windows=(window,) * layers,
             has_bias=bool(config.get("attention_bias")),
             is_tied=config.get("tie_word_embeddings", False),
             max_positions=config.get("max_position_embeddings", 32768),
@@ -110,11 +111,11 @@ class Qwen3Moe(nnx.Module):
         def head_norm() -> Norm:
             return Norm(config.head_dim, config.norm_eps, dtype)
 
-        def layer(has_experts: bool) -> DecoderLayer:
+        def layer(window: int | None, has_experts: bool) -> DecoderLayer:
             attention = Attention(
                 config,
                 dtype,
-                sliding_window=config.sliding_window,
+                sliding_window=window,
                 has_qkv_bias=config.has_bias,
                 has_output_bias=config.has_bias,
                 head_norm=head_norm,
@@ -122,19 +123,15 @@ class Qwen3Moe(nnx.Module):
             return (ExpertLayer if has_experts else Layer)(config, attention, dtype)
 
         norm = Norm(config.hidden_size, config.norm_eps, dtype)
-        layers = [layer(has_experts) for has_experts in config.has_experts]
-        self.model = Decoder(config, layers, norm, dtype)
+        layers = map(layer, config.windows, config.has_experts)
+        self.model = Decoder(config, list(layers), norm, dtype)
         self.lm_head = None if config.is_tied else head_of(config, dtype)
         self.config = config
         self.activation_dtype = activation_dtype
 
     def __call__(self, batch: Batch, cache: Cache) -> tuple[jax.Array, Cache]:
         """Computes the step's tokens. Returns `[tokens, hidden]`, before the final norm."""
-        config, rope = self.config, self.config.rope
-        frequencies = inverse_frequencies(config.head_dim, rope.theta, rope.scaling)
-        angles = [rope_angles(batch.positions, frequencies)] * config.num_layers
-        x = self.model.embed(batch, self.activation_dtype)
-        return self.model.visit(x, angles, batch, cache)
+        return forward(self.config, self.model, batch, cache, dtype=self.activation_dtype)
 
     def logits(self, hidden: jax.Array) -> jax.Array:  # [rows, hidden] -> [rows, vocab] f32
         """Returns the logits of the tokens that follow the given rows."""

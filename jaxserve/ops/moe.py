@@ -7,8 +7,9 @@ same.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple, TypeAlias
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,49 @@ from jaxserve.ops.quantization import QuantizedWeight, quantized_matmul_f32
 from pallas_kernels.grouped_matmul import Backend, entry_of, grouped_matmul, multiply_by_tiles
 
 ExpertWeight: TypeAlias = jax.Array | QuantizedWeight  # [experts, out, in]
+
+_KERNELS: dict[str, Backend] = {"tpu": "tpu"}  # by platform
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertsChoice:
+    """What the products of a model's experts run on."""
+
+    backend: Backend
+    warning: str | None  # why it is not a kernel
+
+
+def choose_experts_backend(
+    requested: str,  # as `attention_backend` has it: "reference" keeps experts off kernels, too
+    platform: str,  # "cpu", "gpu" or "tpu"
+    weights: Iterable[Any],  # experts' matrices, of ShapeDtypeStructs
+) -> ExpertsChoice:
+    """Returns the platform's kernel where it takes every matrix, else the reference and why."""
+    if requested == "reference" or platform == "cpu":  # nobody misses a kernel
+        return ExpertsChoice(backend="reference", warning=None)
+    own = _KERNELS.get(platform)
+    if own is None:
+        reason = f"there is none for a {platform}"
+    elif refusals := [refusal for weight in weights if (refusal := _refusal(weight)) is not None]:
+        reason = refusals[0]
+    else:
+        return ExpertsChoice(backend=own, warning=None)
+    warning = f"experts run on the slower reference, not on a kernel: {reason}"
+    return ExpertsChoice(backend="reference", warning=warning)
+
+
+def _refusal(weight: ExpertWeight) -> str | None:
+    """Returns why kernels do not take a matrix: they want floats, or bytes with a scale a row."""
+    if not isinstance(weight, QuantizedWeight):
+        return None
+    name, (groups, scales) = weight.data.dtype.name, weight.scale.shape[1:]
+    if weight.data.dtype.itemsize != 1 or weight.data.dtype == jnp.int4:
+        return f"it takes no {name}"
+    if (groups, scales) != (1, weight.data.shape[1]):
+        return f"it takes {name} with one scale a row, not {groups} x {scales} scales a matrix"
+    if weight.zero is not None or weight.order is not None:
+        return f"it takes no {name} with zeros or with columns in another order"
+    return None
 
 
 class Routing(NamedTuple):
@@ -117,7 +161,8 @@ def expert_matmul(
     """Returns each row times its expert's matrix, transposed; zeros for rows of none."""
     if not isinstance(weight, QuantizedWeight):
         return grouped_matmul(rows, weight, sizes, backend=backend, out_dtype=dtype)
-    if backend != "reference" and _is_scaled_by_row(weight):
+    if backend != "reference":
+        assert _refusal(weight) is None, weight
         scale = weight.scale[:, 0].astype(jnp.float32)
         return grouped_matmul(rows, weight.data, sizes, scale, backend=backend, out_dtype=dtype)
 
@@ -125,14 +170,3 @@ def expert_matmul(
         return quantized_matmul_f32(tile, jax.tree.map(lambda leaf: entry_of(leaf, expert), weight))
 
     return multiply_by_tiles(rows, sizes, weight.data.shape[1], multiply).astype(dtype)
-
-
-def _is_scaled_by_row(weight: QuantizedWeight) -> bool:
-    # What kernels take: bytes, and one scale for each row of a matrix.
-    return (
-        weight.data.dtype.itemsize == 1
-        and weight.data.dtype != jnp.int4
-        and weight.scale.shape[1:] == (1, weight.data.shape[1])
-        and weight.zero is None
-        and weight.order is None
-    )

@@ -20,11 +20,15 @@ from jaxserve.ops.probability_filters import filter_bounds
 from jaxserve.ops.sampling_state import (
     Float,
     Int,
+    Option,
     RowParams,
     SamplingRows,
     SamplingState,
+    clip_slots,
     row_params,
 )
+
+_MAX_LISTED = 128  # tokens whose logprobs a request may ask for by id
 
 
 class Report(NamedTuple):
@@ -66,6 +70,8 @@ def sample(
             tokens,
             is_asked=(is_target | (num_logprobs >= 0)).any(),
             is_top_asked=(is_target | (num_logprobs > 0)).any(),
+            listed=state.bias_tokens[clip_slots(state, rows), : min(max_logprobs, _MAX_LISTED)],
+            is_listed=params.has(Option.LOGPROB_TOKENS),
             max_logprobs=max_logprobs,
         )
     return tokens, jnp.concatenate([tokens[:, None], report], axis=1)
@@ -161,6 +167,8 @@ def _report_logprobs(
     *,
     is_asked: jax.Array,  # [] bool
     is_top_asked: jax.Array,  # [] bool
+    listed: jax.Array,  # [rows, max_logprobs or fewer] i32, reported instead of the likeliest
+    is_listed: jax.Array,  # [rows] bool
     max_logprobs: int,
 ) -> jax.Array:  # [rows, 2 + 2 * max_logprobs] i32
     """Returns the bits of the log-probability, the rank, and the most likely tokens."""
@@ -171,7 +179,7 @@ def _report_logprobs(
         largest = vocab.largest(blocks.max((1, 2)))
         total = vocab.total(jnp.exp(blocks - largest[:, None, None]).sum((1, 2)))
         log_total = largest + jnp.log(total)
-        own = _logits_of(logits, tokens)[:, None]
+        own = _logits_of(logits, tokens[:, None])
         # Counting in float32 is exact below 2^24 and vectorises where integers do not.
         num_larger = vocab.total(jnp.where(logits > own, 1.0, 0.0).sum(1))
         rank = 1 + num_larger.astype(jnp.int32)
@@ -181,8 +189,22 @@ def _report_logprobs(
         return jnp.concatenate(columns, axis=1)
 
     def top(blocks: jax.Array, log_total: jax.Array) -> jax.Array:
-        values, top_tokens = vocab.top_k(blocks, max_logprobs)
+        top_tokens, values = lax.cond(is_listed.any(), with_listed, likeliest, blocks)
         return jnp.concatenate([top_tokens, _bits(values - log_total[:, None])], axis=1)
+
+    def likeliest(blocks: jax.Array) -> tuple[jax.Array, jax.Array]:
+        values, top_tokens = vocab.top_k(blocks, max_logprobs)
+        return top_tokens, values
+
+    def with_listed(blocks: jax.Array) -> tuple[jax.Array, jax.Array]:
+        top_tokens, values = likeliest(blocks)
+        count = listed.shape[1]
+        is_own = is_listed[:, None]
+        own = _logits_of(logits, listed)
+        return (
+            top_tokens.at[:, :count].set(jnp.where(is_own, listed, top_tokens[:, :count])),
+            values.at[:, :count].set(jnp.where(is_own, own, values[:, :count])),
+        )
 
     def no_top() -> jax.Array:
         return jnp.zeros((rows, 2 * max_logprobs), jnp.int32)
@@ -192,11 +214,11 @@ def _report_logprobs(
 
 def _logits_of(
     logits: jax.Array,  # [rows, vocab] f32
-    tokens: jax.Array,  # [rows] i32
-) -> jax.Array:  # [rows] f32
+    tokens: jax.Array,  # [rows, n] i32
+) -> jax.Array:  # [rows, n] f32
     num_tokens = logits.shape[1]
     local = vocab.local_tokens(tokens, num_tokens)
-    values = jnp.take_along_axis(logits, jnp.minimum(local, num_tokens - 1)[:, None], axis=1)[:, 0]
+    values = jnp.take_along_axis(logits, jnp.minimum(local, num_tokens - 1), axis=1)
     if parts_along("vocab") == 1:
         return values
     return vocab.largest(jnp.where(local < num_tokens, values, -jnp.inf))

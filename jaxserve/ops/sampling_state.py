@@ -51,6 +51,7 @@ class Option(enum.IntFlag):
     ALLOWED_TOKENS = 2
     BAD_WORDS = 4
     GRAMMAR = 8
+    LOGPROB_TOKENS = 16  # the first of `bias_tokens` are reported in place of the likeliest
 
 
 # Greedy, and every option off.

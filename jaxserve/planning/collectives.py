@@ -9,9 +9,10 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 _OPERATION = re.compile(
-    r"= (.*?) (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(?:-start)?\("
+    r"= (.*?) (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(-start)?\("
 )
-_ARRAY = re.compile(r"([a-z]+)(\d+)\w*\[([\d,]*)\]")
+_ARRAY = re.compile(r"(?:pred|[a-z]+(\d+)\w*)\[([\d,]*)\]")  # pred has no number: 8 bits
+_LAYOUT = re.compile(r"\{[^}]*\}")
 _OPENED = re.compile(r"(ENTRY )?%?([\w.-]+) \(.*\{$")
 # Conds name branch_computations, loops body and condition.
 _CALLED = re.compile(r"(?:calls|to_apply)=%?([\w.-]+)")
@@ -22,15 +23,9 @@ class Collective(NamedTuple):
     """One exchange."""
 
     kind: str  # as HLO calls it
-    num_bytes: int  # of the result on each device
+    num_bytes: int  # of the results on each device
     group_size: int  # devices that take part in each exchange
     is_always: bool  # False: inside a cond or a loop, when a step's sampling options ask for it
-
-    @property
-    def sent_bytes(self) -> float:
-        """What each device sends when it goes round in a ring."""
-        share = (self.group_size - 1) / self.group_size
-        return (2 if self.kind == "all-reduce" else 1) * share * self.num_bytes
 
 
 def collectives_of(
@@ -74,11 +69,35 @@ def _collectives(lines: list[str], is_always: bool) -> Iterator[Collective]:
     for line in lines:
         if (found := _OPERATION.search(line)) is None:
             continue
-        sizes = [
-            int(bits) // 8 * math.prod(int(size) for size in shape.split(",") if size)
-            for _, bits, shape in _ARRAY.findall(found[1])
-        ]
-        yield Collective(found[2], max(sizes), _group_size(line), is_always)
+        results, kind = _LAYOUT.sub("", found[1]), found[2]
+        # What starts an exchange returns its operands, its results and perhaps more; that of an
+        # all-reduce only results, which are as its operands.
+        if found[3] and kind != "all-reduce" and len(members := _members(results)) > 1:
+            results = members[1]
+        yield Collective(kind, _num_bytes(results), _group_size(line), is_always)
+
+
+def _members(
+    type: str,  # "(bf16[8], (f32[2,4], f32[2]))", without layouts
+) -> list[str]:
+    """Returns the types in a tuple; none of one that is no tuple."""
+    members, depth = [""], 0
+    for letter in type:
+        depth -= letter in ")]"
+        if letter == "," and depth == 1:
+            members.append("")
+        elif depth:
+            members[-1] += letter
+        depth += letter in "(["
+    return members if type.startswith("(") else []
+
+
+def _num_bytes(type: str) -> int:
+    """Returns the bytes of the arrays in a type, all together."""
+    return sum(
+        -(-int(bits or 8) * math.prod(int(size) for size in shape.split(",") if size) // 8)
+        for bits, shape in _ARRAY.findall(type)
+    )
 
 
 def _group_size(line: str) -> int:

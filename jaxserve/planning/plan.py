@@ -9,21 +9,25 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 
 from jaxserve.config import EngineConfig
 from jaxserve.engine.abstract import AbstractEngine, abstract_engine
-from jaxserve.engine.settings import num_pages_for
+from jaxserve.engine.settings import num_pages_for, temporary_bytes_of
 from jaxserve.errors import ConfigError, WeightError
-from jaxserve.mesh import parse_mesh
-from jaxserve.models.loading import AbstractModel
+from jaxserve.mesh import MeshShape, parse_mesh
+from jaxserve.models.loading import AbstractModel, Formats, Parameter
 from jaxserve.models.quantizing import num_bytes
+from jaxserve.ops.quantization import Quantized, QuantizedWeight
 from jaxserve.planning.collectives import Collective, collectives_of
 from jaxserve.planning.targets import TARGETS, Target, compiler_options, devices_of
+
+# Devices by their kind and least number; ConfigError where there are none.
+FindDevices: TypeAlias = Callable[[str, int], Sequence[jax.Device]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,13 +76,21 @@ class Plan:
         return min(self.num_pages // pages, limits.num_slots) * limits.num_ranks
 
 
-def plan_for(config: EngineConfig, hf_config: dict[str, Any], device: str) -> Plan:
+def plan_for(
+    config: EngineConfig,
+    hf_config: dict[str, Any],
+    device: str,  # of TARGETS
+    *,
+    formats: Formats | None = None,  # of what the checkpoint holds quantised
+    find_devices: FindDevices = devices_of,
+) -> Plan:
     """Compiles a model's largest step for a device and returns what it takes.
 
     Raises ConfigError or WeightError for what cannot be built at all.
     """
     shape = parse_mesh(config.mesh)
-    engine = abstract_engine(config, hf_config, devices=devices_of(device, shape.num_devices))
+    devices = find_devices(device, shape.num_devices)
+    engine = abstract_engine(config, hf_config, formats=formats, devices=devices)
     temporaries, text, refusal = 0, "", None
     try:
         lowered = engine.lower(engine.buckets[-1], engine.settings.limits.pages_per_sequence)
@@ -88,18 +100,24 @@ def plan_for(config: EngineConfig, hf_config: dict[str, Any], device: str) -> Pl
             raise
         refusal = str(error).splitlines()[0]
     else:
-        text = compiled.as_text() or ""
-        sizes: Any = compiled.memory_analysis()
-        temporaries = sizes.temp_size_in_bytes + _kept_bytes(sizes)
-    return _plan_of(config, engine, device, temporaries, collectives_of(text), refusal)
+        text, temporaries = compiled.as_text() or "", temporary_bytes_of(compiled)
+    return _plan_of(
+        config,
+        engine,
+        device,
+        temporaries=temporaries,
+        collectives=collectives_of(text),
+        refusal=refusal,
+    )
 
 
 def _plan_of(
     config: EngineConfig,
     engine: AbstractEngine,
     device: str,
+    *,
     temporaries: int,
-    collectives: Counter[Collective],
+    collectives: Counter[Collective] | None = None,
     refusal: str | None = None,
 ) -> Plan:
     """Returns the plan of an engine whose largest step needs `temporaries` bytes."""
@@ -130,14 +148,9 @@ def _plan_of(
         memory=memory,
         num_pages=num_pages,
         num_tokens=engine.buckets[-1][0],
-        collectives=collectives,
+        collectives=collectives or Counter(),
         refusal=refusal,
     )
-
-
-def _kept_bytes(sizes: Any) -> int:
-    """Returns what a program returns beside the state that it wrote in place."""
-    return max(0, sizes.output_size_in_bytes - sizes.alias_size_in_bytes)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,8 +196,8 @@ def _bound(
     model, settings, parts = engine.model, engine.settings, engine.shape.rank_devices
     config = model.config
     embedding = model.vocab_size * config.hidden_size // parts  # and head, as large
-    layers = _device_size(model, 2) - embedding * (1 if model.is_tied else 2)
-    experts = _device_size(model, 3)
+    layers = _device_size(model.parameters, 2) - embedding * (1 if model.is_tied else 2)
+    experts = _device_size(model.parameters, 3)
     share = config.experts_per_token / config.num_experts if experts else 1.0  # of a token
     pair_products = 2 * config.head_dim * config.num_heads // parts * settings.num_layers
     products = (layers + experts * share) * tokens + embedding * rows + pair_products * pairs
@@ -194,19 +207,30 @@ def _bound(
     read = model.device_bytes - rest + cached * settings.page_bytes / settings.limits.page_size
     sums = (2 * settings.num_layers + 1) * tokens * config.hidden_size
     sent = 2 * (parts - 1) / parts * sums * engine.dtypes.activations.itemsize
-    is_8bit = model.quantization in ("int8", "float8_e4m3fn")
+    in_8bit = [one for one in model.parameters if _multiplies_in_8bit(one, engine)]
+    fast = (_device_size(in_8bit, 2) + _device_size(in_8bit, 3) * share) * tokens
     return Bound(
         memory=read / target.memory_rate,
-        compute=2 * products / (target.flops_8bit if is_8bit else target.flops),
+        compute=2 * ((products - fast) / target.flops + fast / target.flops_8bit),
         links=sent / target.link_rate,
     )
 
 
-def _device_size(model: AbstractModel, num_dims: int) -> int:
+def _multiplies_in_8bit(parameter: Parameter, engine: AbstractEngine) -> bool:
+    """Returns whether activations are quantised, too: else a weight becomes floats to multiply."""
+    value, experts = parameter.value, engine.settings.experts
+    if not isinstance(value, QuantizedWeight) or not isinstance(value.form, Quantized):
+        return False
+    # Experts' kernels read quantised weights, and multiply floats.
+    is_expert = len(parameter.dense.shape) == 3
+    return not is_expert or experts is None or experts.backend == "reference"
+
+
+def _device_size(parameters: Iterable[Parameter], num_dims: int) -> int:
     """Returns the weights of matrices (2) or stacks of experts' (3) on each device."""
     return sum(
         math.prod(parameter.dense.sharding.shard_shape(parameter.dense.shape))
-        for parameter in model.parameters
+        for parameter in parameters
         if len(parameter.dense.shape) == num_dims
     )
 
@@ -222,55 +246,109 @@ def _expert_bytes(model: AbstractModel) -> int:
 
 def _seen(engine: AbstractEngine, length: int) -> float:
     """Returns how many of `length` tokens a layer reads, windows counted, on average."""
-    config = engine.model.config
-    windows = getattr(config, "windows", None) or [getattr(config, "sliding_window", None)]
+    windows = engine.model.config.windows
     return sum(min(length, window or length) for window in windows) / len(windows)
 
 
 def estimates(
-    config: EngineConfig, hf_config: dict[str, Any], device: str, count: int
-) -> Iterator[Plan]:
-    """Yields plans of every mesh of `count` devices that fits the model; nothing is compiled.
+    config: EngineConfig,
+    hf_config: dict[str, Any],
+    device: str,  # of TARGETS
+    devices: Sequence[jax.Device],  # of that kind
+    *,
+    formats: Formats | None = None,  # of what the checkpoint holds quantised
+) -> list[Plan]:
+    """Returns plans of every mesh of these devices that fits the model; nothing is compiled.
 
-    Temporaries are estimated.
+    Temporaries are estimated. Raises ConfigError or WeightError where none can be built.
     """
-    devices = devices_of(device, count)
-    for tensor in range(count, 0, -1):
-        if count % tensor:
-            continue
+    plans: list[Plan] = []
+    refusal: ConfigError | WeightError | None = None
+    for shape in _shapes(len(devices)):
+        wanted = dataclasses.replace(config, mesh=str(shape))
         try:
-            wanted = dataclasses.replace(config, mesh=f"{count // tensor}x{tensor}")
-            engine = abstract_engine(wanted, hf_config, devices=devices)
-        except (ConfigError, WeightError):
+            engine = abstract_engine(wanted, hf_config, formats=formats, devices=devices)
+        except (ConfigError, WeightError) as error:
+            refusal = error
             continue
-        temporaries = _estimated_temporaries(engine)
-        yield _plan_of(wanted, engine, device, temporaries, Counter())
+        plans.append(_plan_of(wanted, engine, device, temporaries=_estimated_temporaries(engine)))
+    if not plans:
+        assert refusal is not None, devices
+        raise refusal
+    return plans
 
 
-def alternatives(config: EngineConfig, hf_config: dict[str, Any], device: str) -> Iterator[str]:
-    """Yields flags with which a model that does not fit would, on the fewest devices that do."""
+def _shapes(count: int) -> Iterator[MeshShape]:
+    """Yields the meshes of `count` devices: large ranks first, in each few groups of experts."""
+    for rank_devices in _divisors(count)[::-1]:
+        for expert in _divisors(rank_devices):
+            yield MeshShape(
+                data=count // rank_devices, expert=expert, tensor=rank_devices // expert
+            )
+
+
+def _divisors(count: int) -> list[int]:
+    return [size for size in range(1, count + 1) if count % size == 0]
+
+
+def alternatives(
+    config: EngineConfig,
+    hf_config: dict[str, Any],
+    device: str,  # of TARGETS
+    *,
+    formats: Formats | None = None,  # of what the checkpoint holds quantised
+    find_devices: FindDevices = devices_of,
+) -> Iterator[str]:
+    """Yields flags with which a model that does not fit would, on the fewest devices that do.
+
+    Types to quantise to at load are among them, unless the checkpoint is quantised already.
+    """
     asked = parse_mesh(config.mesh).num_devices
-    counts = [count for count in sorted(TARGETS[device].topologies) if count >= asked]
-    for count in counts:
-        has_found = False
-        for quantization in dict.fromkeys((config.quantization, "int8", "int4")):
+    types = [config.quantization] if formats else [config.quantization, "int8", "int4"]
+    larger = {count for count in TARGETS[device].topologies if count > asked}
+    for count in sorted({asked, *larger}):
+        devices, has_found = find_devices(device, count)[:count], False
+        for quantization in dict.fromkeys(types):
             wanted: dict[str, Any] = {"quantization": quantization}
-            for plan in estimates(dataclasses.replace(config, **wanted), hf_config, device, count):
-                if plan.refusal is None:
-                    flag = "" if quantization == "auto" else f" --quantization {quantization}"
-                    yield f"--mesh {plan.engine.shape}{flag}"
-                    has_found = True
-                    break
+            asked_for = dataclasses.replace(config, **wanted)
+            if shape := _fitting_shape(asked_for, hf_config, device, devices, formats=formats):
+                flag = "" if quantization == "auto" else f" --quantization {quantization}"
+                yield f"--mesh {shape}{flag}"
+                has_found = True
         if has_found:
             return
 
 
+def _fitting_shape(
+    config: EngineConfig,
+    hf_config: dict[str, Any],
+    device: str,
+    devices: Sequence[jax.Device],
+    *,
+    formats: Formats | None,
+) -> MeshShape | None:
+    """Returns the first mesh that a model fits, None where there is none."""
+    try:
+        plans = estimates(config, hf_config, device, devices, formats=formats)
+    except (ConfigError, WeightError):  # not every model can be quantised to every type
+        return None
+    return next((plan.engine.shape for plan in plans if plan.refusal is None), None)
+
+
 def _estimated_temporaries(engine: AbstractEngine) -> int:
-    """Returns about what the largest step needs: two layers' activations, three of logits."""
+    """Returns about what the largest step needs: two layers' activations, three of logits.
+
+    Experts add what the pairs of a token and an expert hold, on each device those of all experts.
+    """
     config, settings = engine.model.config, engine.settings
     tokens, rows = engine.buckets[-1]
-    parts = engine.shape.rank_devices
+    parts, itemsize = engine.shape.rank_devices, engine.dtypes.activations.itemsize
     widths = 4 * config.hidden_size + 3 * config.ffw_size // parts
     widths += 4 * config.num_heads * config.head_dim // parts
-    activations = tokens * widths * engine.dtypes.activations.itemsize
-    return 2 * activations + 3 * rows * settings.vocab_part * 4
+    size = 2 * tokens * widths * itemsize + 3 * rows * settings.vocab_part * 4
+    if config.num_experts:
+        pairs, ffw = tokens * config.experts_per_token, config.expert_ffw_size
+        # Their rows, what gate and up make of them, and float32 results.
+        pair_bytes = (config.hidden_size + 3 * ffw // engine.shape.tensor) * itemsize
+        size += pairs * (pair_bytes + config.hidden_size * 4)
+    return size

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -10,10 +9,13 @@ from typing import Any
 import jax
 
 from jaxserve.config import EngineConfig
+from jaxserve.errors import ConfigError, WeightError
 from jaxserve.mesh import parse_mesh
 from jaxserve.models.checkpoint import open_checkpoint, resolve_config
+from jaxserve.models.loading import Formats, stored_formats
 from jaxserve.options import PlanOptions
 from jaxserve.planning.plan import (
+    FindDevices,
     Plan,
     alternatives,
     decode_bound,
@@ -21,39 +23,33 @@ from jaxserve.planning.plan import (
     plan_for,
     prefill_bound,
 )
-from jaxserve.planning.targets import TARGETS
+from jaxserve.planning.targets import TARGETS, devices_of
 
-# Else the TPU compiler looks for the machine that it is on, and complains at length of none.
-_COMPILER_ENVIRONMENT = {
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_ACCELERATOR_TYPE": "v5litepod-8",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-}
 _GIB = 2**30
-_MOST_DEVICES = 16  # that a recommendation looks at
+_MOST_DEVICES = 16  # that a recommendation looks at, unless more are asked for
 
 
-def run_plan(config: EngineConfig, options: PlanOptions) -> int:
+def run_plan(
+    config: EngineConfig, options: PlanOptions, *, find_devices: FindDevices = devices_of
+) -> int:
     """Prints the plan of a model; returns 0 where it fits, else 1."""
     jax.config.update("jax_platforms", "cpu")  # what is planned for may be here and in use
-    for name, value in _COMPILER_ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
-    with open_checkpoint(
-        resolve_config(config.model, revision=config.revision), has_weights=False
-    ) as checkpoint:
-        hf_config = checkpoint.config
+    path = resolve_config(config.model, revision=config.revision)
+    with open_checkpoint(path, has_weights=False) as checkpoint:
+        hf_config, formats = checkpoint.config, stored_formats(checkpoint)
+    finding: dict[str, Any] = {"formats": formats, "find_devices": find_devices}
     if options.recommend:
-        for line in recommend_lines(config, hf_config):
+        for line in recommend_lines(config, hf_config, **finding):
             print(line, flush=True)
         return 0
     print(f"compiling for {options.device}, which takes a minute or more", file=sys.stderr)
-    plan = plan_for(config, hf_config, options.device)
+    plan = plan_for(config, hf_config, options.device, **finding)
     for line in plan_lines(plan):
         print(line)
     if plan.refusal is None:
         return 0
     print("it would fit with:")
-    for flags in alternatives(config, hf_config, options.device):
+    for flags in alternatives(config, hf_config, options.device, **finding):
         print(f"  {flags}")
     return 1
 
@@ -65,13 +61,15 @@ def plan_lines(plan: Plan) -> Iterator[str]:
     verdict = "fits" if plan.refusal is None else f"does not fit: {plan.refusal}"
     yield (
         f"{engine.model.num_params / 1e9:.2f}B parameters on {engine.mesh.size} {plan.device}, "
-        f"mesh {engine.shape} (data x tensor): {verdict}"
+        f"mesh {engine.shape} ({engine.shape.axes}): {verdict}"
     )
+    experts = engine.settings.experts
     yield (
         f"{engine.dtypes.weights.name} weights (quantised: {engine.model.quantization}), "
         f"{engine.dtypes.kv_cache.name} KV, attention {engine.settings.attention.backend}"
+        f"{'' if experts is None else f', experts {experts.backend}'}"
     )
-    if (warning := engine.settings.attention.warning) is not None:
+    for warning in engine.settings.warnings:
         yield f"warning: {warning}"
     yield ""
     yield f"{'on each device':37} {'GiB':>8}"
@@ -129,7 +127,13 @@ def _collective_lines(plan: Plan) -> Iterator[str]:
         yield f"  and up to {others} small ones, by the sampling options in use"
 
 
-def recommend_lines(config: EngineConfig, hf_config: dict[str, Any]) -> Iterator[str]:
+def recommend_lines(
+    config: EngineConfig,
+    hf_config: dict[str, Any],
+    *,
+    formats: Formats | None = None,  # of what the checkpoint holds quantised
+    find_devices: FindDevices = devices_of,
+) -> Iterator[str]:
     """Yields the best mesh of each kind and number of devices; nothing is compiled."""
     length = min(4096, config.max_model_len if isinstance(config.max_model_len, int) else 4096)
     yield f"estimates, not compiled; at a context of {length}; ask for one with --device and --mesh"
@@ -137,22 +141,33 @@ def recommend_lines(config: EngineConfig, hf_config: dict[str, Any]) -> Iterator
         f"{'device':7} {'number':>6} {'mesh':>6} {'sequences':>10} {'tok/s':>10} "
         f"{'each device':>11} {'one alone':>10}"
     )
-    least = parse_mesh(config.mesh).num_devices
-    for device, target in TARGETS.items():
-        for count in sorted(target.topologies):
-            if not least <= count <= _MOST_DEVICES:
-                continue
-            found = list(estimates(config, hf_config, device, count))
-            fitting = [plan for plan in found if plan.num_sequences(length)]
-            if not fitting:
-                yield f"{device:7} {count:6}  does not fit"
-                continue
-            best = max(fitting, key=lambda plan: _rate(plan, length))
-            alone = 1 / decode_bound(best, 1, length).seconds
-            yield (
-                f"{device:7} {count:6} {best.engine.shape!s:>6} {best.num_sequences(length):10,} "
-                f"{_rate(best, length):10,.0f} {_rate(best, length) / count:11,.0f} {alone:10,.0f}"
-            )
+    for device in TARGETS:
+        try:
+            for count in _counts(device, parse_mesh(config.mesh).num_devices):
+                devices = find_devices(device, count)
+                plans = estimates(config, hf_config, device, devices, formats=formats)
+                yield _best_line(device, count, plans, length)
+        except (ConfigError, WeightError) as error:  # such as a compiler that is not installed
+            yield f"{device:7} {error}"
+
+
+def _counts(device: str, least: int) -> list[int]:
+    """Returns the numbers of devices to look at, from `least` on."""
+    sizes = [size for size in sorted(TARGETS[device].topologies) if size >= least]
+    # Where none is so large, looking for `least` says so.
+    return [size for size in sizes if size <= _MOST_DEVICES] or sizes[:1] or [least]
+
+
+def _best_line(device: str, count: int, plans: list[Plan], length: int) -> str:
+    fitting = [plan for plan in plans if plan.num_sequences(length)]
+    if not fitting:
+        return f"{device:7} {count:6}  does not fit"
+    best = max(fitting, key=lambda plan: _rate(plan, length))
+    alone = 1 / decode_bound(best, 1, length).seconds
+    return (
+        f"{device:7} {count:6} {best.engine.shape!s:>6} {best.num_sequences(length):10,} "
+        f"{_rate(best, length):10,.0f} {_rate(best, length) / count:11,.0f} {alone:10,.0f}"
+    )
 
 
 def _rate(plan: Plan, length: int) -> float:

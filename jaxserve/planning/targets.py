@@ -11,6 +11,16 @@ from jax.experimental import topologies
 
 from jaxserve.errors import ConfigError
 
+# What compilers read of the environment, for `os.environ` before their first use. Else the TPU's
+# looks for the machine that it is on, complains at length of none, and lets one process in at a
+# time, as if each had the TPU to itself.
+COMPILER_ENVIRONMENT = {
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-8",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+}
+
 GIB = 2**30
 _H100_CONFIG = Path(__file__).with_name("h100.txtpb")
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Iterator
+
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
@@ -10,6 +13,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Lifespan, Receive, Scope, Send
 
+from jaxserve.config import ServerConfig
 from jaxserve.errors import (
     AuthenticationError,
     JaxserveError,
@@ -19,13 +23,28 @@ from jaxserve.errors import (
     QueueFull,
     RequestError,
 )
-from jaxserve.server import auth, chat, completions, health, limits, models
+from jaxserve.server import (
+    auth,
+    chat,
+    chat_batch,
+    completions,
+    health,
+    invocations,
+    limits,
+    models,
+    openapi,
+    tokenization,
+)
 from jaxserve.server.events import JSON, error_body
+from jaxserve.server.request_log import RequestRecord, log_request, open_record, recording_send
 from jaxserve.server.state import ServerState
 
 RETRY_AFTER_S = 1
+# Neither counted nor logged: probes and scrapers ask all the time.
+QUIET_PATHS = frozenset({"/metrics", "/health", "/ready", "/load", "/ping", "/version"})
+COUNTED_METHODS = frozenset({"GET", "POST", "PUT", "PATCH", "DELETE", "HEAD", "OPTIONS"})
 # These answer in every phase: while loading, draining, and after the engine has died.
-ALWAYS_SERVED = auth.OPEN_PATHS | {"/metrics", "/version"}
+ALWAYS_SERVED = auth.OPEN_PATHS | {"/metrics", "/version", "/load", "/docs", "/openapi.json"}
 
 
 def http_app(state: ServerState, lifespan: Lifespan[Starlette] | None = None) -> Starlette:
@@ -34,13 +53,19 @@ def http_app(state: ServerState, lifespan: Lifespan[Starlette] | None = None) ->
         routes=[
             Route("/v1/completions", completions.create_completion, methods=["POST"]),
             Route("/v1/chat/completions", chat.create_chat_completion, methods=["POST"]),
+            Route("/v1/chat/completions/batch", chat_batch.create_chat_batch, methods=["POST"]),
+            Route("/invocations", invocations.invoke, methods=["POST"]),
+            Route("/tokenize", tokenization.tokenize, methods=["POST"]),
+            Route("/detokenize", tokenization.detokenize, methods=["POST"]),
             Route("/v1/models", models.list_models, methods=["GET"]),
             Route("/v1/models/{model:path}", models.get_model, methods=["GET"]),
             Route("/health", health.health, methods=["GET"]),
             Route("/ready", health.ready, methods=["GET"]),
             Route("/ping", health.health, methods=["GET", "POST"]),
             Route("/version", health.version, methods=["GET"]),
+            Route("/load", health.load, methods=["GET"]),
             Route("/metrics", health.get_metrics, methods=["GET"]),
+            *_optional_routes(state.config),
         ],
         middleware=[Middleware(Door, state=state)],
         exception_handlers={
@@ -56,6 +81,14 @@ def http_app(state: ServerState, lifespan: Lifespan[Starlette] | None = None) ->
     return app
 
 
+def _optional_routes(config: ServerConfig) -> Iterator[Route]:
+    if config.enable_tokenizer_info_endpoint:
+        yield Route("/tokenizer_info", tokenization.tokenizer_info, methods=["GET"])
+    if not config.disable_docs:
+        yield Route("/openapi.json", openapi.document, methods=["GET"])
+        yield Route("/docs", openapi.page, methods=["GET"])
+
+
 class Door:
     """Everything a request must pass before its route: limits, key, readiness."""
 
@@ -69,6 +102,27 @@ class Door:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        config = self._state.config
+        record = open_record(scope)
+        send = recording_send(send, record, config)
+        try:
+            await self._let_in(scope, receive, send)
+        finally:
+            if scope["path"] not in QUIET_PATHS:
+                self._count(scope, record)
+                log_request(scope, record, config)
+
+    def _count(self, scope: Scope, record: RequestRecord) -> None:
+        if record.status is None:
+            return
+        # One series for whatever paths and methods clients make up.
+        endpoint = scope.get("endpoint")
+        path = next((r.path for r in scope["app"].routes if r.endpoint is endpoint), "none")
+        method = scope["method"] if scope["method"] in COUNTED_METHODS else "other"
+        seconds = time.monotonic() - record.start_s
+        self._state.metrics.observe_http(path, method, record.status, seconds)
+
+    async def _let_in(self, scope: Scope, receive: Receive, send: Send) -> None:
         config = self._state.config
         try:
             limits.check_headers(scope, config.max_body_bytes)
@@ -97,6 +151,8 @@ def render_error(error: Exception) -> Response:
 
 
 async def _on_error(http: HttpRequest, error: Exception) -> Response:
+    if isinstance(error, QueueFull):
+        http.app.state.server.metrics.num_rejected["max_num_queued_reqs"] += 1
     if not isinstance(error, HTTPException):
         return render_error(error)
     response = render_error(_http_error(http, error))

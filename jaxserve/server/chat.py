@@ -13,8 +13,9 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
 from jaxserve.engine.request import Request, SamplingParams
-from jaxserve.errors import PromptTooLong, RequestError
+from jaxserve.errors import PromptTooLong
 from jaxserve.generation import Delta, PositionLogprobs, TokenText, build_requests
+from jaxserve.server.beams import beam_generation
 from jaxserve.server.body import read_body
 from jaxserve.server.chunks import ChunkWriter
 from jaxserve.server.events import JSON, EventStream, while_connected
@@ -29,10 +30,13 @@ from jaxserve.server.generate import (
     finite,
     off_loop,
     params_named,
+    priority_of,
     prompt_logprobs_body,
+    shown,
     start,
     token_name,
 )
+from jaxserve.server.pacing import kept_alive
 from jaxserve.server.protocol.chat import (
     ChatChoice,
     ChatCompletion,
@@ -45,14 +49,17 @@ from jaxserve.server.protocol.common import sampling_params
 from jaxserve.server.protocol.reasoning import template_variables
 from jaxserve.server.protocol.tools import ToolUse, delta_body, message_body
 from jaxserve.server.reading import Reading, constrained, reading_of, tool_use_of
+from jaxserve.server.request_log import record_of
 from jaxserve.server.state import ServerState
+from jaxserve.server.templates import template_for
+from jaxserve.server.truncation import truncation_for
 from jaxserve.text.chat_template import encode_chat
 
 _decoder = msgspec.json.Decoder(ChatRequest)
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Reply:
+class Reply:
     """What every part of one reply needs."""
 
     id: str
@@ -62,6 +69,9 @@ class _Reply:
     body: ChatRequest
     generation: Generation
     reading: Reading
+    stream_interval: int  # of streams whose request names none
+    echoed: str = ""  # goes before each answer
+    prompt_text: str | None = None  # where the client asked for it
 
 
 async def create_chat_completion(http: HttpRequest) -> Response:
@@ -74,32 +84,54 @@ async def create_chat_completion(http: HttpRequest) -> Response:
     messages = body.conversation()
     _, _, text = state.loaded()
     use = tool_use_of(body, text)
-    params = _params(body, use, state)
-    requests, reading = await off_loop(
-        partial(_build, body, messages, use, params, engine_id(reply_id), arrival_s, state),
+    params = params_of(body, use, state)
+    prepared = await off_loop(
+        partial(
+            build,
+            body,
+            messages,
+            use,
+            params,
+            engine_id(reply_id),
+            state,
+            priority=priority_of(http, body),
+            arrival_s=arrival_s,
+        ),
         sum(_num_chars(message) for message in messages) + (0 if use is None else use.num_bytes),
+        is_slow=body.chat_template is not None,  # waits for a process
     )
-    has_reasoning = text.format.reasoning is not None
-    is_new_message = body.add_generation_prompt is not False
-    reply = _Reply(
+    role = role_of(body, state)
+    requests, reading = prepared.requests, prepared.reading
+    num_reasoning = reading.num_reasoning if text.format.reasoning is not None else None
+    reply = Reply(
         id=reply_id,
         created=int(time.time()),
         model=model,
-        role=state.config.response_role if is_new_message else messages[-1]["role"],
+        role=role,
+        echoed=_last_text(messages[-1], role) if body.echo else "",
+        prompt_text=prepared.prompt_text if body.return_prompt_text else None,
         body=body,
-        generation=await start(
-            state, [requests], num_reasoning=reading.num_reasoning if has_reasoning else None
+        generation=(
+            beam_generation(state, body, [requests], num_reasoning=num_reasoning)
+            if body.use_beam_search
+            else await start(state, [requests], num_reasoning=num_reasoning)
         ),
         reading=reading,
+        stream_interval=state.config.stream_interval,
     )
+    record_of(http.scope).generation = reply.generation
     if body.stream:
         chunks = _chunk_writer(reply)
-        return EventStream(chunks.stream(_writer(reply, chunks)), reply.generation.updates)
+        return EventStream(
+            kept_alive(chunks.stream(_writer(reply, chunks)), state.config.sse_keep_alive_interval),
+            reply.generation.updates,
+        )
     outcomes = await while_connected(http.receive, collect(reply.generation))
-    return JSON(_completion(reply, outcomes))
+    return JSON(completion(reply, outcomes))
 
 
-def _params(body: ChatRequest, use: ToolUse | None, state: ServerState) -> SamplingParams:
+def params_of(body: ChatRequest, use: ToolUse | None, state: ServerState) -> SamplingParams:
+    """Returns the sampling parameters, over the model's defaults. Raises `RequestError`."""
     _, _, text = state.loaded()
     has_tools = use is not None and use.parsed is not None
     given: dict[str, Any] = {
@@ -118,24 +150,35 @@ def _params(body: ChatRequest, use: ToolUse | None, state: ServerState) -> Sampl
         return sampling_params(body, text.defaults, prompt_logprobs=body.prompt_logprobs, **given)
 
 
-def _build(
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """A conversation on its way to the engine."""
+
+    prompt_text: str
+    requests: list[Request]  # of all samples
+    reading: Reading
+
+
+def build(
     body: ChatRequest,
     messages: Sequence[dict[str, Any]],
     use: ToolUse | None,
     params: SamplingParams,
     request_id: str,
-    arrival_s: float,
     state: ServerState,
-) -> tuple[list[Request], Reading]:
-    """Returns the requests of all samples, and how their answers are read."""
+    *,
+    priority: int,
+    arrival_s: float,
+) -> Prepared:
+    """Returns a conversation as prompt and requests, and how its answers are read."""
     _, info, text = state.loaded()
-    if text.chat_template is None:
-        raise RequestError("the model has no chat template; see --chat-template", param="messages")
+    truncation = truncation_for(body, params.max_tokens, info.max_model_len)
     for message in messages:
-        if isinstance(content := message.get("content"), str):
+        if isinstance(content := message.get("content"), str) and truncation is None:
             check_length(content, text.tokenizer, info.max_model_len, "messages")
+    template = template_for(body.chat_template, state)
     prompt = encode_chat(
-        text.chat_template,
+        template,
         text.tokenizer,
         messages,
         tools=None if use is None else use.definitions,
@@ -143,11 +186,11 @@ def _build(
         add_generation_prompt=body.add_generation_prompt is not False,
         continue_final_message=bool(body.continue_final_message),
         variables=template_variables(
-            body.reasoning_effort, body.chat_template_kwargs, text.chat_template.source
+            body.reasoning_effort, body.chat_template_kwargs, template.source
         ),
         add_special_tokens=bool(body.add_special_tokens),
     )
-    tokens = prompt.tokens
+    tokens = prompt.tokens if truncation is None else truncation.cut(prompt.tokens)
     if len(tokens) >= info.max_model_len:
         raise PromptTooLong(len(tokens), info.max_model_len, param="messages")
     is_completion = body.max_completion_tokens is not None
@@ -159,12 +202,32 @@ def _build(
             params,
             tokenizer=text.tokenizer,
             info=info,
-            priority=body.priority or 0,
+            priority=priority,
             cache_salt=body.cache_salt or "",
             arrival_s=arrival_s,
         )
-    requests = constrained(requests, body, use, text, prompt.text)
-    return requests, reading_of(body, use, text, prompt.text, len(requests))
+    return Prepared(
+        prompt_text=prompt.text,
+        requests=constrained(requests, body, use, text, prompt.text),
+        reading=reading_of(body, use, text, prompt.text, len(requests)),
+    )
+
+
+def role_of(body: ChatRequest, state: ServerState) -> str:
+    """Returns the role of the answer: the last message's if that is continued."""
+    if body.add_generation_prompt is not False:
+        return state.config.response_role
+    return str(body.messages[-1].get("role"))
+
+
+def _last_text(message: dict[str, Any], role: str) -> str:
+    """Returns the text of the last message, if it is by the one who answers."""
+    if message.get("role") != role:
+        return ""
+    content = message.get("content") or ""
+    if isinstance(content, str):
+        return content
+    return "\n".join(part if isinstance(part, str) else part["text"] for part in content)
 
 
 def _num_chars(message: dict[str, Any]) -> int:
@@ -175,7 +238,8 @@ def _num_chars(message: dict[str, Any]) -> int:
     return sum(len(str(part.get("text"))) for part in parts if isinstance(part, dict))
 
 
-def _completion(reply: _Reply, outcomes: Sequence[Outcome]) -> ChatCompletion:
+def completion(reply: Reply, outcomes: Sequence[Outcome]) -> ChatCompletion:
+    """Returns the body of a reply that does not stream."""
     body, first = reply.body, outcomes[0]
     # Before the usage: it counts what has been read.
     choices = [_choice(reply, outcome) for outcome in outcomes]
@@ -187,15 +251,16 @@ def _completion(reply: _Reply, outcomes: Sequence[Outcome]) -> ChatCompletion:
         usage=reply.generation.usage,
         prompt_logprobs=prompt_logprobs_body(first.prompt_logprobs, body.prompt_logprobs),
         prompt_token_ids=list(first.sample.prompt_tokens) if body.return_token_ids else None,
+        prompt_text=reply.prompt_text,
     )
 
 
-def _choice(reply: _Reply, outcome: Outcome) -> ChatChoice:
+def _choice(reply: Reply, outcome: Outcome) -> ChatChoice:
     index = outcome.sample.index
     said = reply.reading.read(index, outcome.text, outcome.offsets, final=True)
     return ChatChoice(
         index=index,
-        message=message_body(reply.role, said),
+        message=message_body(reply.role, said._replace(content=reply.echoed + said.content)),
         logprobs=_logprobs(reply, outcome.logprobs),
         finish_reason=reply.reading.finish_reason(index, outcome.last.finish_reason),
         stop_reason=outcome.last.stop_reason,
@@ -203,7 +268,7 @@ def _choice(reply: _Reply, outcome: Outcome) -> ChatChoice:
     )
 
 
-def _logprobs(reply: _Reply, positions: Sequence[PositionLogprobs]) -> ChatLogprobs | None:
+def _logprobs(reply: Reply, positions: Sequence[PositionLogprobs]) -> ChatLogprobs | None:
     body = reply.body
     if not body.logprobs:
         return None
@@ -215,7 +280,8 @@ def _logprobs(reply: _Reply, positions: Sequence[PositionLogprobs]) -> ChatLogpr
                 logprob=finite(position.chosen.logprob),
                 bytes=list(position.chosen.data),
                 top_logprobs=[
-                    _top_logprob(entry, as_ids) for entry in position.top[: body.top_logprobs or 0]
+                    _top_logprob(entry, as_ids)
+                    for entry in shown(position.top, body, body.top_logprobs or 0)
                 ],
             )
             for position in positions
@@ -229,7 +295,7 @@ def _top_logprob(entry: TokenText, as_ids: bool) -> TopLogprob:
     )
 
 
-def _chunk_writer(reply: _Reply) -> ChunkWriter:
+def _chunk_writer(reply: Reply) -> ChunkWriter:
     return ChunkWriter(
         reply.generation,
         reply.body.stream_options,
@@ -239,17 +305,23 @@ def _chunk_writer(reply: _Reply) -> ChunkWriter:
         kind="chat.completion.chunk",
         text_start=b',"delta":{"content":',
         text_end=b"}",
+        interval=reply.body.stream_interval or reply.stream_interval,
     )
 
 
-def _writer(reply: _Reply, chunks: ChunkWriter) -> Callable[[Sample, Delta], bytes]:
+def _writer(reply: Reply, chunks: ChunkWriter) -> Callable[[Sample, Delta], bytes]:
     """Returns what writes a delta's events: the role's goes first, an empty one is left out."""
     body = reply.body
     role = {"delta": {"role": reply.role, "content": ""}, "logprobs": None, "finish_reason": None}
 
     def write_role(sample: Sample) -> bytes:
-        outer = {"prompt_token_ids": sample.prompt_tokens} if body.return_token_ids else None
-        return chunks.without_text(sample.index, role, outer)
+        outer: dict[str, Any] = {}
+        if body.return_token_ids:
+            outer["prompt_token_ids"] = sample.prompt_tokens
+        if reply.prompt_text is not None:
+            outer["prompt_text"] = reply.prompt_text
+        first = chunks.without_text(sample.index, role, outer)
+        return first + chunks.plain(sample.index, reply.echoed) if reply.echoed else first
 
     def write(sample: Sample, delta: Delta) -> bytes:
         first = b""

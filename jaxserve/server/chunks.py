@@ -12,6 +12,7 @@ from jaxserve.errors import EngineStopped
 from jaxserve.generation import Delta
 from jaxserve.server.events import DONE, error_body, event
 from jaxserve.server.generate import Generation, Sample
+from jaxserve.server.pacing import Pacer
 from jaxserve.server.protocol.common import StreamOptions
 
 _PLAIN = b',"logprobs":null,"finish_reason":null,"stop_reason":null'
@@ -35,7 +36,9 @@ class ChunkWriter:
         kind: str,  # the chunk's "object"
         text_start: bytes,
         text_end: bytes,
+        interval: int = 1,  # tokens to a chunk
     ) -> None:
+        self._interval = interval
         options = options or StreamOptions()
         self._generation = generation
         self._has_last_usage = bool(options.include_usage)
@@ -92,9 +95,11 @@ class ChunkWriter:
 
         An engine failure is told in an event of its own, and no [DONE] follows.
         """
+        pacer = Pacer(self._interval)
         try:
             async with contextlib.aclosing(self._generation.deltas()) as deltas:
                 async for news in deltas:
+                    news = pacer.pass_on(news)
                     if frame := b"".join([write(sample, delta) for sample, delta in news]):
                         yield frame
         except EngineStopped as error:

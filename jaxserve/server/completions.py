@@ -13,9 +13,10 @@ import msgspec
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
-from jaxserve.engine.request import Request, SamplingParams
+from jaxserve.engine.request import ALL_LOGPROBS, Request, SamplingParams
 from jaxserve.errors import RequestError
 from jaxserve.generation import Delta, PositionLogprobs, build_requests
+from jaxserve.server.beams import beam_generation
 from jaxserve.server.body import read_body
 from jaxserve.server.chunks import ChunkWriter
 from jaxserve.server.events import JSON, EventStream, while_connected
@@ -24,15 +25,18 @@ from jaxserve.server.generate import (
     Outcome,
     Sample,
     arrival,
-    check_length,
     collect,
     engine_id,
     finite,
     off_loop,
+    priority_of,
     prompt_logprobs_body,
+    shown,
     start,
     token_name,
 )
+from jaxserve.server.pacing import kept_alive
+from jaxserve.server.prompts import prompt_reader
 from jaxserve.server.protocol.common import sampling_params
 from jaxserve.server.protocol.completions import (
     Completion,
@@ -40,6 +44,7 @@ from jaxserve.server.protocol.completions import (
     CompletionLogprobs,
     CompletionRequest,
 )
+from jaxserve.server.request_log import record_of
 from jaxserve.server.state import ServerState
 from jaxserve.text.tokenizer import Tokenizer
 
@@ -60,6 +65,7 @@ class _Reply:
     prompt_texts: Sequence[str]  # for echo; empty without
     tokenizer: Tokenizer
     generation: Generation
+    stream_interval: int  # of streams whose request names none
 
 
 async def create_completion(http: HttpRequest) -> Response:
@@ -73,11 +79,20 @@ async def create_completion(http: HttpRequest) -> Response:
     params = _params(body, state)
     _check_count(len(prompts), params.n)
     requests = await off_loop(
-        partial(_build, body, prompts, params, engine_id(reply_id), arrival_s, state),
+        partial(
+            _build,
+            body,
+            prompts,
+            params,
+            engine_id(reply_id),
+            state,
+            priority=priority_of(http, body),
+            arrival_s=arrival_s,
+        ),
         sum(map(len, prompts)),
     )
     _, _, text = state.loaded()
-    texts = _prompt_texts(prompts, text.tokenizer) if body.echo else ()
+    texts = _prompt_texts(body, prompts, requests, text.tokenizer) if body.echo else ()
     reply = _Reply(
         id=reply_id,
         created=int(time.time()),
@@ -85,11 +100,20 @@ async def create_completion(http: HttpRequest) -> Response:
         body=body,
         prompt_texts=texts,
         tokenizer=text.tokenizer,
-        generation=await start(state, requests, is_echo_only=body.max_tokens == 0),
+        generation=(
+            beam_generation(state, body, requests)
+            if body.use_beam_search
+            else await start(state, requests, is_echo_only=body.max_tokens == 0)
+        ),
+        stream_interval=state.config.stream_interval,
     )
+    record_of(http.scope).generation = reply.generation
     if body.stream:
         chunks = _chunk_writer(reply)
-        return EventStream(chunks.stream(_writer(reply, chunks)), reply.generation.updates)
+        return EventStream(
+            kept_alive(chunks.stream(_writer(reply, chunks)), state.config.sse_keep_alive_interval),
+            reply.generation.updates,
+        )
     outcomes = await while_connected(http.receive, collect(reply.generation))
     return JSON(_completion(reply, outcomes))
 
@@ -112,7 +136,8 @@ def _params(body: CompletionRequest, state: ServerState) -> SamplingParams:
         given["max_tokens"] = DEFAULT_MAX_TOKENS
     prompt_logprobs = body.prompt_logprobs
     if body.echo and body.logprobs is not None:
-        prompt_logprobs = max(body.logprobs, prompt_logprobs or 0)
+        counts = (body.logprobs, prompt_logprobs or 0)
+        prompt_logprobs = ALL_LOGPROBS if ALL_LOGPROBS in counts else max(counts)
     return sampling_params(
         body, text.defaults, logprobs=body.logprobs, prompt_logprobs=prompt_logprobs, **given
     )
@@ -123,23 +148,24 @@ def _build(
     prompts: Sequence[str | list[int]],
     params: SamplingParams,
     request_id: str,
-    arrival_s: float,
     state: ServerState,
+    *,
+    priority: int,
+    arrival_s: float,
 ) -> list[list[Request]]:
     """Returns the samples' requests for each prompt."""
     _, info, text = state.loaded()
+    read = prompt_reader(body, params.max_tokens, text.tokenizer, info)
     requests = []
     for number, prompt in enumerate(prompts):
-        if isinstance(prompt, str):
-            check_length(prompt, text.tokenizer, info.max_model_len, "prompt")
         samples = build_requests(
             f"{request_id}-{number}",
-            prompt,
+            read(prompt),
             params,
             tokenizer=text.tokenizer,
             info=info,
             add_special_tokens=body.add_special_tokens is not False,
-            priority=body.priority or 0,
+            priority=priority,
             cache_salt=body.cache_salt or "",
             arrival_s=arrival_s,
         )
@@ -158,7 +184,14 @@ def _each_with_prompt(samples: Sequence[Request]) -> list[Request]:
     ]
 
 
-def _prompt_texts(prompts: Sequence[str | list[int]], tokenizer: Tokenizer) -> list[str]:
+def _prompt_texts(
+    body: CompletionRequest,
+    prompts: Sequence[str | list[int]],
+    requests: Sequence[Sequence[Request]],  # what has become of them
+    tokenizer: Tokenizer,
+) -> list[str]:
+    if body.truncate_prompt_tokens is not None:
+        return [tokenizer.decode(samples[0].prompt_tokens) for samples in requests]
     return [prompt if isinstance(prompt, str) else tokenizer.decode(prompt) for prompt in prompts]
 
 
@@ -208,7 +241,7 @@ def _logprobs(
     echoed = [(0, position) for position in prompt or () if position] if body.echo else []
     generated = [(shift, position) for position in positions]
     for start_char, position in (*echoed, *generated):
-        entries = (position.chosen, *position.top[: body.logprobs])
+        entries = (position.chosen, *shown(position.top, body, body.logprobs))
         result.tokens.append(token_name(position.chosen, as_ids))
         result.text_offset.append(start_char + position.offset)
         result.token_logprobs.append(finite(position.chosen.logprob))
@@ -254,4 +287,5 @@ def _chunk_writer(reply: _Reply) -> ChunkWriter:
         kind="text_completion",
         text_start=b',"text":',
         text_end=b"",
+        interval=reply.body.stream_interval or reply.stream_interval,
     )

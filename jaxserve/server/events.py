@@ -12,7 +12,6 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from jaxserve.engine.ipc import UpdateStream
 from jaxserve.errors import JaxserveError
 
 T = TypeVar("T")
@@ -56,7 +55,7 @@ class EventStream(Response):
     def __init__(
         self,
         frames: AsyncGenerator[bytes],  # each item is whole events
-        updates: UpdateStream,  # what the frames are made from
+        updates: contextlib.AbstractAsyncContextManager[Any],  # what the frames are made from
         headers: dict[str, str] | None = None,
     ) -> None:
         super().__init__(headers={"cache-control": "no-cache", **(headers or {})})

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import re
 import secrets
 import time
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from starlette.requests import Request as HttpRequest
 
 from jaxserve.engine.ipc import UpdateStream
-from jaxserve.engine.request import Request
-from jaxserve.errors import PromptTooLong, RequestError
+from jaxserve.engine.request import ALL_LOGPROBS, FinishReason, Request
+from jaxserve.errors import EngineStopped, PromptTooLong, RequestError
 from jaxserve.generation import Assembler, Delta, PositionLogprobs, TokenText
 from jaxserve.server.metrics import SampleClock
 from jaxserve.server.protocol.common import (
@@ -23,8 +24,12 @@ from jaxserve.server.protocol.common import (
     Usage,
     check_request_id,
 )
+from jaxserve.server.request_log import record_of
 from jaxserve.server.state import ServerState
 from jaxserve.text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from jaxserve.server.beams import BeamUpdates
 
 T = TypeVar("T")
 
@@ -56,7 +61,7 @@ class Generation:
     def __init__(
         self,
         state: ServerState,
-        updates: UpdateStream,
+        updates: UpdateStream | BeamUpdates,
         prompts: Sequence[Sequence[Request]],  # each prompt's samples
         *,
         is_echo_only: bool = False,  # the client asked for no token; the engine makes one
@@ -68,13 +73,15 @@ class Generation:
         self._metrics = state.metrics
         self.samples: dict[str, Sample] = {}
         self._num_cached = [0] * len(prompts)
+        self._num_open = [len(requests) for requests in prompts]  # samples not yet finished
+        self._longest = [0] * len(prompts)
         self._num_prompt_tokens = 0
         self._num_tokens = 0
+        self.finish_reasons: set[FinishReason] = set()
         self._has_details = state.config.enable_prompt_tokens_details
         for number, requests in enumerate(prompts):
             self._num_prompt_tokens += len(requests[0].prompt_tokens)
-            state.metrics.prompt_tokens.observe(len(requests[0].prompt_tokens))
-            state.metrics.params_n.observe(len(requests))
+            state.metrics.observe_samples(requests)
             for request in requests:
                 sample = Sample(len(self.samples), request, number, state)
                 self.samples[request.request_id] = sample
@@ -94,6 +101,12 @@ class Generation:
             completion_tokens_details=reasoning,
         )
 
+    def _note_end(self, sample: Sample) -> None:
+        self._num_open[sample.prompt] -= 1
+        self._longest[sample.prompt] = max(self._longest[sample.prompt], sample.clock.num_tokens)
+        if not self._num_open[sample.prompt]:
+            self._metrics.max_generation_tokens.observe(self._longest[sample.prompt])
+
     async def deltas(self) -> AsyncGenerator[list[tuple[Sample, Delta]]]:
         """Yields what has come since the last time. Raises `EngineStopped` if the engine dies."""
         updates = self.updates
@@ -101,17 +114,25 @@ class Generation:
             news = []
             for update in await updates.take():
                 sample = self.samples[update.request_id]
-                delta = sample.assembler.push(update)
+                try:
+                    delta = sample.assembler.push(update)
+                except EngineStopped:
+                    self._metrics.num_failed += 1
+                    raise
                 if delta.must_abort:
                     updates.drop(update.request_id)
                 if self._is_echo_only:
                     delta = _without_answer(delta)
                 if delta.finish_reason is not None:
                     self._metrics.num_finished[delta.finish_reason] += 1
+                    self.finish_reasons.add(delta.finish_reason)
                 self._num_tokens += len(delta.tokens)
                 cached = self._num_cached
                 cached[sample.prompt] = max(cached[sample.prompt], delta.num_cached_tokens)
-                sample.clock.tick(len(delta.tokens), is_last=delta.finish_reason is not None)
+                is_last = delta.finish_reason is not None
+                sample.clock.tick(len(delta.tokens), update.timeline, is_last=is_last)
+                if is_last:
+                    self._note_end(sample)
                 news.append((sample, delta))
             yield news
 
@@ -191,11 +212,25 @@ def _share_prompt_logprobs(outcomes: list[Outcome]) -> list[Outcome]:
 def arrival(http: HttpRequest, body: GenerationFields, prefix: str) -> tuple[str, float]:
     """Returns the reply's id and the time. The header's id goes before the body's, then chance."""
     now_s = time.monotonic()
+    record = record_of(http.scope)
     if header := http.headers.get("x-request-id"):
-        return prefix + check_request_id(header, "x-request-id"), now_s
-    if body.request_id:
-        return prefix + check_request_id(body.request_id, "request_id"), now_s
-    return prefix + secrets.token_hex(16), now_s
+        record.request_id = check_request_id(header, "x-request-id")
+    elif body.request_id:
+        record.request_id = check_request_id(body.request_id, "request_id")
+    return prefix + record.request_id, now_s
+
+
+def priority_of(http: HttpRequest, body: GenerationFields) -> int:
+    """Returns the request's priority: the header's goes before the body's."""
+    header = http.headers.get("x-vllm-priority")
+    if header is None:
+        return body.priority or 0
+    if not re.fullmatch(r"[+-]?[0-9]{1,19}", header) or not -(2**63) <= int(header) < 2**63:
+        raise RequestError(
+            f"x-vllm-priority is {header[:40]!r}; it must be an integer of 64 bits",
+            param="x-vllm-priority",
+        )
+    return int(header)
 
 
 def engine_id(reply_id: str) -> str:
@@ -203,9 +238,10 @@ def engine_id(reply_id: str) -> str:
     return f"{reply_id}-{secrets.token_hex(4)}"
 
 
-async def off_loop(work: Callable[[], T], num_chars: int) -> T:
+async def off_loop(work: Callable[[], T], num_chars: int, *, is_slow: bool = False) -> T:
     """Returns the result of encoding `num_chars` characters, on a thread if they are many."""
-    return await asyncio.to_thread(work) if num_chars > MAX_INLINE_CHARS else work()
+    is_slow = is_slow or num_chars > MAX_INLINE_CHARS
+    return await asyncio.to_thread(work) if is_slow else work()
 
 
 def check_length(text: str, tokenizer: Tokenizer, limit: int, param: str) -> None:
@@ -242,17 +278,23 @@ def finite(logprob: float) -> float:
     return max(logprob, MIN_LOGPROB)
 
 
+def shown(top: Sequence[TokenText], body: GenerationFields, count: int) -> Sequence[TokenText]:
+    """Returns what a reply shows beside the chosen token: those listed by id, or the likeliest."""
+    return top if body.logprob_token_ids or count == ALL_LOGPROBS else top[:count]
+
+
 def prompt_logprobs_body(
     positions: Sequence[PositionLogprobs | None] | None, count: int | None
 ) -> list[dict[int, dict[str, Any]] | None] | None:
     """Returns vLLM's form: for each position {token: {logprob, rank, decoded_token}}."""
     if positions is None or count is None:
         return None
-    return [_position_body(position, count) for position in positions]
+    limit = None if count == ALL_LOGPROBS else count
+    return [_position_body(position, limit) for position in positions]
 
 
 def _position_body(
-    position: PositionLogprobs | None, count: int
+    position: PositionLogprobs | None, count: int | None
 ) -> dict[int, dict[str, Any]] | None:
     if position is None:
         return None

@@ -1,4 +1,4 @@
-"""Probes and facts: /health, /ready, /ping, /version, /metrics."""
+"""Probes and facts: /health, /ready, /ping, /version, /load, /metrics."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from starlette.responses import Response
 
 from jaxserve import __version__
 from jaxserve.errors import EngineStopped
-from jaxserve.server import metrics
+from jaxserve.server import exposition
 from jaxserve.server.events import JSON
 from jaxserve.server.state import ServerState
 
@@ -36,6 +36,12 @@ async def version(http: HttpRequest) -> Response:
     return JSON({"version": __version__})
 
 
+async def load(http: HttpRequest) -> Response:
+    """Returns how many requests are being served, this one left out."""
+    state: ServerState = http.app.state.server
+    return JSON({"server_load": state.num_running - 1})
+
+
 async def get_metrics(http: HttpRequest) -> Response:
     """Returns what Prometheus scrapes; without the engine's part when it does not answer."""
     state: ServerState = http.app.state.server
@@ -45,5 +51,5 @@ async def get_metrics(http: HttpRequest) -> Response:
             stats = await asyncio.wait_for(state.engine.stats(), STATS_TIMEOUT_S)
             info = state.engine.info
     num_abandoned = 0 if state.engine is None else state.engine.num_abandoned
-    snapshot = metrics.Snapshot(state.model_names[0], state.metrics, info, stats, num_abandoned)
-    return Response(metrics.render(snapshot), media_type=metrics.CONTENT_TYPE)
+    snapshot = exposition.Snapshot(state.model_names[0], state.metrics, info, stats, num_abandoned)
+    return Response(exposition.render(snapshot), media_type=exposition.CONTENT_TYPE)

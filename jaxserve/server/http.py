@@ -80,7 +80,10 @@ def protocol_for(header_timeout_s: float) -> type[H11Protocol]:
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """Returns a bound socket; port 0 picks a free one. Raises `ConfigError`."""
+    """Returns a listening socket; port 0 picks a free one. Raises `ConfigError`.
+
+    Two sockets of one address can both be bound as long as neither listens.
+    """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     # asyncio turns Nagle's algorithm off only where the protocol is named; with it on, every
     # second write on a connection waits 40 ms for an acknowledgement.
@@ -88,6 +91,7 @@ def bind(host: str, port: int) -> socket.socket:
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         sock.bind((host, port))
+        sock.listen()
     except OSError as error:
         sock.close()
         raise ConfigError(f"cannot listen on {host} port {port}: {error.strerror}") from error
@@ -95,6 +99,6 @@ def bind(host: str, port: int) -> socket.socket:
 
 
 def address_of(sock: socket.socket) -> str:
-    """Returns the URL of a bound socket."""
+    """Returns the URL of a listening socket."""
     host, port = sock.getsockname()[:2]
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"

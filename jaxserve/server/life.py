@@ -16,15 +16,17 @@ from typing import TypeVar
 from starlette.applications import Starlette
 
 from jaxserve.config import EngineConfig, ServerConfig
-from jaxserve.engine.cluster import given_place
+from jaxserve.engine.cluster import check_alone
 from jaxserve.engine.ipc import ENGINE_COMMAND, IpcClient
-from jaxserve.errors import ConfigError, JaxserveError
+from jaxserve.errors import JaxserveError
 from jaxserve.server.app import http_app
 from jaxserve.server.model_text import find_model, load_text
 from jaxserve.server.state import ServerState
 from jaxserve.text.grammar import vocabulary_of
 
 POLL_S = 0.05
+# How long a dead server still answers its probes with 503, and its streams with the error.
+DEAD_GRACE_S = 2.0
 
 logger = logging.getLogger("jaxserve")
 
@@ -43,8 +45,8 @@ def build_app(
     loading went. Shutdown waits for the running requests, `shutdown_timeout` at most. The address,
     the time for headers and the log are the affair of whoever hosts the application.
     """
-    if engine_command == ENGINE_COMMAND and (given := given_place(server_config)):
-        raise ConfigError(f"{', '.join(given)}: only `jaxserve serve` runs a model in several")
+    if engine_command == ENGINE_COMMAND:
+        check_alone(server_config)
     state = ServerState(
         config=server_config,
         model_names=server_config.served_model_name or (engine_config.model,),
@@ -106,12 +108,14 @@ class Life:
 
     async def end(self) -> None:
         """Drains, unless that is done, and ends the engine process."""
+        # What a drain did not wait for is no failure.
+        reason = None if self._is_drained else self.state.failure
         await self.drain()
         if self._living is not None:
             self._living.cancel()
             await asyncio.gather(self._living, return_exceptions=True)
         if self.state.engine is not None:
-            await self.state.engine.close()
+            await self.state.engine.close(reason)
 
     async def _live(self) -> None:
         try:

@@ -1,7 +1,8 @@
 """`jaxserve serve`: the application on a socket of its own; start, signals, end.
 
-The socket opens at once, so that probes see a loading server and not a refused connection.
-Imports no jax.
+The socket opens before the model loads, so that probes see a loading server and not a refused
+connection. Only a process that may be one of several has to ask for its place first. Imports no
+jax.
 """
 
 from __future__ import annotations
@@ -11,17 +12,16 @@ import logging
 import os
 import signal
 import socket
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 from jaxserve.config import EngineConfig, ServerConfig
 from jaxserve.engine.cluster import place_of
 from jaxserve.engine.ipc import ENGINE_COMMAND
 from jaxserve.server.follower import follow
 from jaxserve.server.http import HttpServer, address_of, bind, http_server
-from jaxserve.server.life import POLL_S, Life, build_app
-
-# How long a dead server still answers its probes with 503, and its streams with the error.
-DEAD_GRACE_S = 2.0
+from jaxserve.server.life import DEAD_GRACE_S, POLL_S, Life, build_app
+from jaxserve.server.log import configure_log
 
 logger = logging.getLogger("jaxserve")
 
@@ -30,6 +30,7 @@ def run(
     engine_config: EngineConfig,
     server_config: ServerConfig,
     *,
+    environ: Mapping[str, str] = MappingProxyType({}),  # where a cluster shows itself
     engine_command: Sequence[str] = ENGINE_COMMAND,
 ) -> int:
     """Serves until a signal or the engine's death. Returns the exit status.
@@ -37,10 +38,8 @@ def run(
     0 after a drain; 1 when the engine died or could not start. Raises `ConfigError` when the
     address is taken. A second signal ends the process at once.
     """
-    logging.basicConfig(
-        level=server_config.log_level.upper(), format="%(asctime)s %(levelname)s %(message)s"
-    )
-    if (place := place_of(server_config, os.environ)) is not None:
+    configure_log(server_config)
+    if (place := place_of(server_config, environ)) is not None:
         engine_command = (*engine_command, place.to_text())
         if place.process_id:
             return follow(engine_config, server_config, place, engine_command)
@@ -66,9 +65,10 @@ class _Process:
         serving = asyncio.create_task(self._http.serve(sockets=[sock]))
         while not self._http.started and not serving.done():
             await asyncio.sleep(POLL_S / 10)
-        logger.info("listening on %s", address_of(sock))
+        if self._http.started:
+            logger.info("listening on %s", address_of(sock))
         try:
-            return await self._wait_for_the_end()
+            return await self._wait_for_the_end(serving)
         finally:
             self._http.should_exit = True
             await serving
@@ -85,15 +85,19 @@ class _Process:
         state.is_draining = True
         self._asked_to_end.set()
 
-    async def _wait_for_the_end(self) -> int:
-        """Returns the exit status, whichever comes first: a signal, or the end of the engine."""
+    async def _wait_for_the_end(self, serving: asyncio.Task[None]) -> int:
+        """Returns the exit status: of a signal, of the engine's end, or of that of HTTP itself."""
         asked = asyncio.create_task(self._asked_to_end.wait())
         over = asyncio.create_task(self._life.is_over.wait())
         try:
-            await asyncio.wait({asked, over}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({asked, over, serving}, return_when=asyncio.FIRST_COMPLETED)
         finally:
             asked.cancel()
             over.cancel()
+        if serving.done():
+            self._life.state.failure = "HTTP has ended"
+            await self._life.end()  # which the lifespan does where it is left in order
+            return 1
         if not self._life.is_over.is_set():
             await self._life.drain()
             return 0

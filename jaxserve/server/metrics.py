@@ -1,7 +1,6 @@
-"""/metrics: the engine's counters and the front's timings, under our names and vLLM's.
+"""What the front counts and times; `exposition` writes it out for Prometheus.
 
-Dashboards, autoscalers and routers look for vLLM's names, so each value is exported under both
-prefixes. The event loop's thread owns the histograms: an observation is a bisection, no lock.
+The event loop's thread owns it all: an observation is a bisection, no lock.
 """
 
 from __future__ import annotations
@@ -9,22 +8,9 @@ from __future__ import annotations
 import time
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 
-from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
-from prometheus_client.core import (
-    CounterMetricFamily,
-    GaugeMetricFamily,
-    HistogramMetricFamily,
-    Metric,
-    SummaryMetricFamily,
-)
-from prometheus_client.registry import Collector
-
-from jaxserve.engine.info import EngineInfo, EngineStats
-
-CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+from jaxserve.engine.request import Request, Timeline
 
 TTFT_BUCKETS_S = (
     0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0,
@@ -38,8 +24,10 @@ REQUEST_BUCKETS_S = (
     0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0, 120.0, 240.0,
     480.0, 960.0, 1920.0, 7680.0,
 )  # fmt: skip
+HTTP_BUCKETS_S = (0.1, 0.5, 1.0)
 TOKEN_COUNT_BUCKETS = tuple(float(m * 10**e) for e in range(6) for m in (1, 2, 5))
 SAMPLE_COUNT_BUCKETS = (1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 128.0)
+PREEMPTION_BUCKETS = (0.0, 1.0, 2.0, 5.0, 10.0, 20.0)
 
 
 class Histogram:
@@ -48,28 +36,18 @@ class Histogram:
     def __init__(self, name: str, help: str, bounds: Sequence[float]) -> None:
         self.name = name
         self.help = help
-        self._bounds = tuple(bounds)
-        self._counts = [0] * (len(bounds) + 1)
-        self._sum = 0.0
+        self.bounds = tuple(bounds)
+        self.counts = [0] * (len(bounds) + 1)
+        self.sum = 0.0
 
     def observe(self, value: float, count: int = 1) -> None:
         """Counts `value`, `count` times."""
-        self._counts[bisect_left(self._bounds, value)] += count
-        self._sum += value * count
-
-    def family(self, prefix: str, model_name: str) -> Metric:
-        """Returns the histogram as Prometheus reads it, buckets cumulative."""
-        buckets, total = [], 0
-        for bound, count in zip((*self._bounds, float("inf")), self._counts, strict=True):
-            total += count
-            buckets.append(("+Inf" if bound == float("inf") else repr(bound), float(total)))
-        family = HistogramMetricFamily(prefix + self.name, self.help, labels=["model_name"])
-        family.add_metric([model_name], buckets, self._sum)
-        return family
+        self.counts[bisect_left(self.bounds, value)] += count
+        self.sum += value * count
 
 
 class ServerMetrics:
-    """The front's timings."""
+    """The front's counters and timings."""
 
     def __init__(self) -> None:
         self.ttft = Histogram(
@@ -78,8 +56,27 @@ class ServerMetrics:
         self.itl = Histogram(
             "inter_token_latency_seconds", "Between tokens of a sample", TOKEN_BUCKETS_S
         )
+        self.tpot = Histogram(
+            "request_time_per_output_token_seconds",
+            "Between tokens, the mean of each sample",
+            TOKEN_BUCKETS_S,
+        )
         self.e2e = Histogram(
             "e2e_request_latency_seconds", "From arrival to the last token", REQUEST_BUCKETS_S
+        )
+        self.queue = Histogram(
+            "request_queue_time_seconds", "From arrival to the first step", REQUEST_BUCKETS_S
+        )
+        self.prefill = Histogram(
+            "request_prefill_time_seconds",
+            "From the first step to the first token",
+            REQUEST_BUCKETS_S,
+        )
+        self.decode = Histogram(
+            "request_decode_time_seconds", "From the first token to the last", REQUEST_BUCKETS_S
+        )
+        self.inference = Histogram(
+            "request_inference_time_seconds", "From the first step to the last", REQUEST_BUCKETS_S
         )
         self.prompt_tokens = Histogram(
             "request_prompt_tokens", "Prompt tokens of a request", TOKEN_COUNT_BUCKETS
@@ -87,14 +84,46 @@ class ServerMetrics:
         self.generation_tokens = Histogram(
             "request_generation_tokens", "Tokens generated for a sample", TOKEN_COUNT_BUCKETS
         )
+        self.max_generation_tokens = Histogram(
+            "request_max_num_generation_tokens",
+            "Tokens of a prompt's longest sample",
+            TOKEN_COUNT_BUCKETS,
+        )
         self.params_n = Histogram("request_params_n", "n asked for", SAMPLE_COUNT_BUCKETS)
+        self.params_max_tokens = Histogram(
+            "request_params_max_tokens", "max_tokens of a request", TOKEN_COUNT_BUCKETS
+        )
+        self.preemptions = Histogram(
+            "request_num_preemptions", "How often a sample was set back", PREEMPTION_BUCKETS
+        )
         # As clients see it: to the engine, a stop string's end is an abort.
         self.num_finished: Counter[str] = Counter()
+        self.num_failed = 0  # samples that the engine could not finish
+        self.num_rejected: Counter[str] = Counter()  # by the option whose limit was reached
+        self.num_http: Counter[tuple[str, str, str]] = Counter()  # by path, method, status class
+        self.http_seconds: dict[tuple[str, str], Histogram] = {}  # by path and method
 
     def histograms(self) -> Iterator[Histogram]:
-        """Returns every histogram."""
-        yield from (self.ttft, self.itl, self.e2e)
-        yield from (self.prompt_tokens, self.generation_tokens, self.params_n)
+        """Returns every histogram that both prefixes share."""
+        yield from (self.ttft, self.itl, self.tpot, self.e2e)
+        yield from (self.queue, self.prefill, self.decode, self.inference)
+        yield from (self.prompt_tokens, self.generation_tokens, self.max_generation_tokens)
+        yield from (self.params_n, self.params_max_tokens, self.preemptions)
+
+    def observe_samples(self, samples: Sequence[Request]) -> None:
+        """Counts one prompt's samples as they are admitted."""
+        self.prompt_tokens.observe(len(samples[0].prompt_tokens))
+        self.params_n.observe(len(samples))
+        self.params_max_tokens.observe(samples[0].params.max_tokens or 0)
+
+    def observe_http(self, path: str, method: str, status: int, seconds: float) -> None:
+        """Counts an HTTP request that has ended."""
+        self.num_http[path, method, f"{status // 100}xx"] += 1
+        if (path, method) not in self.http_seconds:
+            self.http_seconds[path, method] = Histogram(
+                "http_request_duration_seconds", "From headers to the last byte", HTTP_BUCKETS_S
+            )
+        self.http_seconds[path, method].observe(seconds)
 
 
 class SampleClock:
@@ -103,131 +132,39 @@ class SampleClock:
     def __init__(self, metrics: ServerMetrics, arrival_s: float) -> None:
         self._metrics = metrics
         self._arrival_s = arrival_s
-        self._last_s: float | None = None
-        self._num_tokens = 0
+        self._first_s: float | None = None
+        self._last_s = 0.0
+        self._timeline: Timeline | None = None
+        self.num_tokens = 0
 
-    def tick(self, num_tokens: int, *, is_last: bool) -> None:
+    def tick(self, num_tokens: int, timeline: Timeline | None, *, is_last: bool) -> None:
         """Notes tokens that have come just now."""
         now_s = time.monotonic()
-        if num_tokens and self._last_s is None:
-            self._metrics.ttft.observe(now_s - self._arrival_s)
+        metrics = self._metrics
+        if timeline is not None and self._timeline is None:
+            metrics.queue.observe(max(0.0, timeline.started_s - self._arrival_s))
+        self._timeline = timeline or self._timeline
+        if num_tokens and self._first_s is None:
+            metrics.ttft.observe(now_s - self._arrival_s)
+            if self._timeline is not None:
+                metrics.prefill.observe(max(0.0, now_s - self._timeline.started_s))
+            self._first_s = self._last_s = now_s
+        elif num_tokens:
+            metrics.itl.observe((now_s - self._last_s) / num_tokens, num_tokens)
             self._last_s = now_s
-        elif num_tokens and self._last_s is not None:
-            self._metrics.itl.observe((now_s - self._last_s) / num_tokens, num_tokens)
-            self._last_s = now_s
-        self._num_tokens += num_tokens
+        self.num_tokens += num_tokens
         if is_last:
-            self._metrics.e2e.observe(now_s - self._arrival_s)
-            self._metrics.generation_tokens.observe(self._num_tokens)
+            self._end(now_s)
 
-
-@dataclass(frozen=True, eq=False)
-class Snapshot(Collector):
-    """One scrape: what the engine said and what the front has counted."""
-
-    model_name: str
-    metrics: ServerMetrics
-    info: EngineInfo | None  # None while loading
-    stats: EngineStats | None
-    num_abandoned: int  # sequences whose client left
-
-    def collect(self) -> Iterable[Metric]:
-        """Returns every family under both prefixes."""
-        for prefix in ("jaxserve:", "vllm:"):
-            for histogram in self.metrics.histograms():
-                yield histogram.family(prefix, self.model_name)
-            if self.info is not None and self.stats is not None:
-                yield from self._shared(prefix, self.info, self.stats)
-        if self.info is not None and self.stats is not None:
-            yield from self._own(self.info, self.stats)
-
-    def _gauge(self, name: str, help: str, value: float) -> Metric:
-        family = GaugeMetricFamily(name, help, labels=["model_name"])
-        family.add_metric([self.model_name], value)
-        return family
-
-    def _counter(self, name: str, help: str, value: float) -> Metric:
-        family = CounterMetricFamily(name, help, labels=["model_name"])
-        family.add_metric([self.model_name], value)
-        return family
-
-    def _shared(self, prefix: str, info: EngineInfo, stats: EngineStats) -> Iterator[Metric]:
-        """Returns what vLLM has a name for."""
-        used = 1 - stats.num_pages_free / max(stats.num_pages, 1)
-        for name, help, value in (
-            ("num_requests_running", "Sequences that hold a slot", stats.num_running),
-            ("num_requests_waiting", "Sequences that wait for a slot", stats.num_waiting),
-            ("kv_cache_usage_perc", "Part of the KV pages in use, 0 to 1", used),
-        ):
-            yield self._gauge(prefix + name, help, value)
-        for name, help, value in (
-            ("prompt_tokens", "Prompt tokens taken", stats.prompt_tokens),
-            ("generation_tokens", "Tokens generated", stats.generation_tokens),
-            ("prefix_cache_queries", "Prompt tokens looked up", stats.prefix_queries),
-            ("prefix_cache_hits", "Prompt tokens found cached", stats.prefix_hits),
-            ("num_preemptions", "Sequences set back to waiting", stats.num_preemptions),
-        ):
-            yield self._counter(prefix + name, help, value)
-        finished = CounterMetricFamily(
-            prefix + "request_success",
-            "Sequences finished",
-            labels=["model_name", "finished_reason"],
-        )
-        num_finished = {**self.metrics.num_finished, "abort": self.num_abandoned}
-        for reason in sorted({"stop", "length", *num_finished}):
-            finished.add_metric([self.model_name, reason], num_finished.get(reason, 0))
-        yield finished
-        # The engine keeps the total alone, so there are no buckets.
-        queued = SummaryMetricFamily(
-            prefix + "request_queue_time_seconds",
-            "From arrival to the first step",
-            labels=["model_name"],
-        )
-        num_started = sum(stats.num_finished.values()) + stats.num_running
-        queued.add_metric([self.model_name], num_started, stats.queue_s)
-        yield queued
-        cache = {"block_size": str(info.page_size), "num_gpu_blocks": str(info.num_pages)}
-        config = GaugeMetricFamily(
-            prefix + "cache_config_info", "The KV cache", labels=["model_name", *cache]
-        )
-        config.add_metric([self.model_name, *cache.values()], 1)
-        yield config
-
-    def _own(self, info: EngineInfo, stats: EngineStats) -> Iterator[Metric]:
-        """Returns what only jaxserve has."""
-        yield self._gauge("jaxserve:kv_pages", "KV pages", stats.num_pages)
-        yield self._gauge("jaxserve:kv_pages_free", "KV pages not in use", stats.num_pages_free)
-        for name, help, value in (
-            ("steps", "Steps run", stats.num_steps),
-            (
-                "compiles_since_ready",
-                "Programs compiled while serving",
-                stats.num_compiles_since_ready,
-            ),
-            ("host_gap_seconds", "Time the device waited for the host", stats.host_gap_s),
-            ("step_seconds", "Time spent in steps", stats.step_s),
-        ):
-            yield self._counter(f"jaxserve:{name}", help, value)
-        facts = {
-            "device": info.device,
-            "dtype": info.dtype,
-            "quantization": info.quantization,
-            "kv_cache_dtype": info.kv_cache_dtype,
-            "attention": info.attention,
-            "max_model_len": str(info.max_model_len),
-            "max_num_seqs": str(info.max_num_seqs),
-            "num_programs": str(info.num_programs),
-        }
-        engine = GaugeMetricFamily(
-            "jaxserve:engine_info", "What was chosen at start", labels=["model_name", *facts]
-        )
-        engine.add_metric([self.model_name, *facts.values()], 1)
-        yield engine
-
-
-def render(snapshot: Snapshot) -> bytes:
-    """Returns the text that Prometheus scrapes."""
-    registry = CollectorRegistry(auto_describe=False)
-    registry.register(snapshot)
-    ProcessCollector(registry=registry)
-    return generate_latest(registry)
+    def _end(self, now_s: float) -> None:
+        metrics = self._metrics
+        metrics.e2e.observe(now_s - self._arrival_s)
+        metrics.generation_tokens.observe(self.num_tokens)
+        # A beam has no timeline: it comes whole, out of many requests to the engine.
+        if self._timeline is None or self._first_s is None:
+            return
+        metrics.decode.observe(self._last_s - self._first_s)
+        if self.num_tokens > 1:
+            metrics.tpot.observe((self._last_s - self._first_s) / (self.num_tokens - 1))
+        metrics.inference.observe(max(0.0, now_s - self._timeline.started_s))
+        metrics.preemptions.observe(self._timeline.num_preemptions)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -24,6 +25,9 @@ DEFAULTED = {
     "min_p": "min_p",
     "typical_p": "typical_p",
     "repetition_penalty": "repetition_penalty",
+    "presence_penalty": "presence_penalty",
+    "frequency_penalty": "frequency_penalty",
+    "skip_special_tokens": "skip_special_tokens",
     "max_new_tokens": "max_tokens",
 }
 
@@ -58,7 +62,10 @@ def load_text(path: Path, engine: EngineConfig, server: ServerConfig) -> ModelTe
     defaults: Mapping[str, Any] = {}
     if server.generation_config == "auto":
         with open_checkpoint(path) as checkpoint:
-            defaults = sampling_defaults(checkpoint.generation_config)
+            defaults = sampling_defaults(checkpoint.generation_config, "generation_config.json")
+    if server.override_generation_config:
+        given = override_table(server.override_generation_config)
+        defaults = {**defaults, **sampling_defaults(given, "override_generation_config")}
     if defaults:
         logger.info("sampling defaults of the model: %s", defaults)
     format = message_format(server.tool_call_parser, server.reasoning_parser, template_text)
@@ -83,8 +90,25 @@ def server_template(option: str) -> str:
         raise ConfigError(f"chat_template {option!r} cannot be read: {error.strerror}") from error
 
 
-def sampling_defaults(generation_config: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns generation_config.json's sampling options by our names, checked."""
+def override_table(option: str) -> Mapping[str, Any]:
+    """Returns the table that --override-generation-config is. Raises `ConfigError`."""
+    try:
+        table = json.loads(option)
+    except ValueError as error:
+        raise ConfigError(f"override_generation_config is not JSON: {error}") from error
+    if not isinstance(table, dict):
+        raise ConfigError(f"override_generation_config is {option[:100]!r}; it must be an object")
+    if unknown := sorted(table.keys() - DEFAULTED.keys()):
+        raise ConfigError(
+            f"override_generation_config has the keys {unknown}; known: {sorted(DEFAULTED)}"
+        )
+    return table
+
+
+def sampling_defaults(
+    generation_config: Mapping[str, Any], source: str = "generation_config.json"
+) -> dict[str, Any]:
+    """Returns the sampling options of `source`, by our names, checked."""
     defaults = {
         ours: generation_config[theirs]
         for theirs, ours in DEFAULTED.items()
@@ -93,5 +117,5 @@ def sampling_defaults(generation_config: Mapping[str, Any]) -> dict[str, Any]:
     try:
         SamplingParams(**defaults)
     except ValueError as error:
-        raise ConfigError(f"generation_config.json: {error}") from error
+        raise ConfigError(f"{source}: {error}") from error
     return defaults

@@ -27,6 +27,14 @@ class ModelCard:
     parent: str | None = None
 
 
+@dataclass(frozen=True, kw_only=True)
+class ModelList:
+    """Every name."""
+
+    data: list[ModelCard]
+    object: str = "list"
+
+
 def _cards(state: ServerState) -> list[ModelCard]:
     _, info, text = state.loaded()
     return [
@@ -44,7 +52,7 @@ def _cards(state: ServerState) -> list[ModelCard]:
 
 async def list_models(http: HttpRequest) -> Response:
     """Returns a card for each name."""
-    return JSON({"object": "list", "data": _cards(http.app.state.server)})
+    return JSON(ModelList(data=_cards(http.app.state.server)))
 
 
 async def get_model(http: HttpRequest) -> Response:

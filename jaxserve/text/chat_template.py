@@ -1,6 +1,5 @@
 """Renders a conversation into the one string that a model was trained on.
 
-The environment is that of `transformers`, so that templates give the same text.
 Host only: imports no jax.
 """
 
@@ -9,18 +8,15 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from typing import Any, Literal
 
 import jinja2
 from jinja2 import nodes
-from jinja2.ext import Extension, loopcontrols
-from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-from jinja2.utils import Namespace
 
 from jaxserve.errors import ConfigError, RequestError
 from jaxserve.text.content_format import loops_over_content
+from jaxserve.text.isolated_template import render_isolated
+from jaxserve.text.template_environment import RENDER_ERRORS, template_environment
 from jaxserve.text.tokenizer import SENTINEL, Tokenizer
 
 ContentFormat = Literal["string", "openai"]
@@ -33,16 +29,6 @@ RESERVED = frozenset(
 _CONTINUE = "CONTINUE_FINAL_MESSAGE_TAG "
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 _TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
-# What a template's own code raises on messages it was not written for.
-_RENDER_ERRORS = (
-    jinja2.TemplateError,
-    TypeError,
-    ValueError,
-    LookupError,
-    AttributeError,
-    ArithmeticError,
-    RecursionError,
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,14 +46,21 @@ class ChatTemplate:
     or writes it as one string ("string").
     """
 
-    def __init__(self, source: str, *, special_tokens: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        source: str,
+        *,
+        special_tokens: Mapping[str, str] | None = None,
+        is_isolated: bool = False,  # nobody vouches for it: rendered in a process with limits
+    ) -> None:
         self.source = source
         self._special_tokens = dict(special_tokens or {})
-        environment = _environment()
+        environment = template_environment()
         try:
             tree = environment.parse(source)
-            self._template = environment.from_string(source)
-        except jinja2.TemplateError as error:
+            # Compiling computes constant expressions already, of any size.
+            self._template = None if is_isolated else environment.from_string(source)
+        except (jinja2.TemplateError, RecursionError) as error:
             raise ConfigError(f"the chat template does not parse: {error}") from error
         self.content_format: ContentFormat = "openai" if loops_over_content(tree) else "string"
         self._takes_strings = self.content_format == "string" or any(
@@ -101,18 +94,20 @@ class ChatTemplate:
             )
         chat = [_aliased(_present(message)) for message in _plain(messages, "messages")]
         final = _tag_final(chat, self.source) if continue_final_message else None
+        values = {
+            **self._special_tokens,
+            **_plain(variables, "chat_template_kwargs"),
+            "messages": chat,
+            "tools": _plain(tools, "tools"),
+            "documents": _plain(documents, "documents"),
+            "add_generation_prompt": add_generation_prompt,
+        }
         try:
-            text = self._template.render(
-                self._special_tokens
-                | _plain(variables, "chat_template_kwargs")
-                | {
-                    "messages": chat,
-                    "tools": _plain(tools, "tools"),
-                    "documents": _plain(documents, "documents"),
-                    "add_generation_prompt": add_generation_prompt,
-                }
-            )
-        except _RENDER_ERRORS as error:
+            if self._template is None:
+                text = render_isolated(self.source, values)
+            else:
+                text = self._template.render(values)
+        except RENDER_ERRORS as error:
             raise RequestError(f"the chat template failed: {error}", param="messages") from error
         return text if final is None else _cut_at_tag(text, final)
 
@@ -178,83 +173,6 @@ def encode_chat(
         return ChatPrompt(text=text, tokens=tokens)
     tokens = tokenizer.encode_rendered(text, add_special_tokens=add_special_tokens)
     return ChatPrompt(text=text.replace(SENTINEL, ""), tokens=tokens)
-
-
-class _Generation(Extension):
-    """`{% generation %}` marks what the assistant wrote, for training; here it only renders."""
-
-    tags = {"generation"}
-
-    def parse(self, parser: Parser) -> nodes.Node:
-        line = next(parser.stream).lineno
-        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return nodes.Scope(body).set_lineno(line)
-
-
-class _Dict:
-    """`dict(...)` for templates, without the class behind it."""
-
-    def __call__(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
-        return dict(*args, **kwargs)
-
-    def fromkeys(self, *args: Any) -> dict[Any, Any]:
-        return dict.fromkeys(*args)
-
-
-class _Namespace(Namespace):
-    """`namespace(...)` for templates, without underscore names."""
-
-    def __init__(*args: Any, **kwargs: Any) -> None:
-        self, values = args[0], dict(*args[1:], **kwargs)
-        for name in values:
-            _check_name(name)
-        Namespace.__init__(self, values)
-
-    def __setitem__(self, name: str, value: Any) -> None:
-        _check_name(name)
-        super().__setitem__(name, value)
-
-
-def _check_name(name: Any) -> None:
-    if isinstance(name, str) and name.startswith("_"):
-        raise jinja2.exceptions.SecurityError(f"a namespace may not hold {name!r}")
-
-
-def _raise_exception(message: str) -> None:
-    raise jinja2.TemplateError(message)
-
-
-def _to_json(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    # Jinja's own filter escapes HTML letters and sorts keys.
-    return json.dumps(
-        value,
-        ensure_ascii=ensure_ascii,
-        indent=indent,
-        separators=separators,
-        sort_keys=sort_keys,
-    )
-
-
-def _strftime_now(format: str) -> str:
-    return datetime.now().strftime(format)
-
-
-def _environment() -> ImmutableSandboxedEnvironment:
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
-    )
-    environment.filters["tojson"] = _to_json
-    environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = _strftime_now
-    environment.globals["dict"] = _Dict()
-    environment.globals["namespace"] = _Namespace
-    return environment
 
 
 def _plain(value: Any, where: str) -> Any:

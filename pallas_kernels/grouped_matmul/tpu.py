@@ -43,7 +43,15 @@ def grouped_matmul(
     block_rows = block_rows or _block_rows(rows, groups)
     block_out = _block_out(out_size, in_size * rhs.dtype.itemsize)
     out_dtype = jnp.dtype(out_dtype)
-    _check_vmem(lhs.dtype, rhs.dtype, out_dtype, block_rows, block_out, in_size, target)
+    _check_vmem(
+        lhs.dtype,
+        rhs.dtype,
+        out_dtype,
+        block_rows=block_rows,
+        block_out=block_out,
+        in_size=in_size,
+        target=target,
+    )
     num_tiles = -(-rows // block_rows)
     visits = _visits(group_sizes, rows, block_rows)
     group, tile, bounds, counts = visits
@@ -173,6 +181,7 @@ def _check_vmem(
     lhs_dtype: jnp.dtype,
     rhs_dtype: jnp.dtype,
     out_dtype: jnp.dtype,
+    *,
     block_rows: int,
     block_out: int,
     in_size: int,

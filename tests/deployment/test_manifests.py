@@ -87,9 +87,18 @@ def test_a_worker_outlives_its_leaders_drain(workload, monkeypatch):
     (leader,) = (each for each in WORKLOADS if (each.file, each.role) == (workload.file, "leader"))
     assert workload.container["args"] == leader.container["args"]
     _, server = configs_of(leader, monkeypatch)
-    sleep_s = workload.container["lifecycle"]["preStop"]["sleep"]["seconds"]
-    assert sleep_s >= seconds_to_end(leader, server) - CLOSE_GRACE_S
-    assert workload.template["spec"]["terminationGracePeriodSeconds"] > sleep_s
+    grace_s = workload.template["spec"]["terminationGracePeriodSeconds"]
+    assert grace_s > seconds_to_end(leader, server)
+    assert "lifecycle" not in workload.container  # SIGTERM alone does not end it
+
+
+@named([workload for workload in WORKLOADS if workload.role == "worker"])
+def test_a_worker_is_probed_where_it_answers(workload, monkeypatch):
+    _, server = configs_of(workload, monkeypatch)
+    assert server.health_port == "auto"
+    assert workload.container["ports"] == [{"name": "health", "containerPort": server.port}]
+    for probe in ("startupProbe", "livenessProbe"):
+        assert workload.container[probe]["httpGet"] == {"path": "/health", "port": "health"}
 
 
 @named(WORKLOADS)

@@ -6,12 +6,10 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
 import threading
-import time
 from pathlib import Path
 
 import httpx2
@@ -20,7 +18,8 @@ import pytest
 from jaxserve.errors import ConfigError
 from jaxserve.ray_serve import actor_options, replica_options, scaling
 from tests.checkpoints import write_llama_folder
-from tests.server.processes import running
+from tests.server.processes import children_of, free_port, running
+from tests.waiting import wait_until
 
 NUM_STREAMS = 8
 MAX_TOKENS = 400
@@ -141,18 +140,11 @@ class Stream:
 def descendants(pid: int) -> dict[int, str]:
     """Returns the command of each process below `pid`."""
     found = {}
-    for task in Path(f"/proc/{pid}/task").iterdir():
-        for child in map(int, (task / "children").read_text().split()):
-            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-                found[child] = Path(f"/proc/{child}/cmdline").read_text().replace("\0", " ")
-                found |= descendants(child)
+    for child in children_of(pid):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has ended since
+            found[child] = Path(f"/proc/{child}/cmdline").read_text().replace("\0", " ")
+        found |= descendants(child)
     return found
-
-
-def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return sock.getsockname()[1]
 
 
 def complete(url: str) -> int:
@@ -197,8 +189,7 @@ def test_a_killed_replica_takes_no_request_of_the_other_with_it(cluster):
     engines = [pid for pid, command in processes.items() if "jaxserve.engine.process" in command]
     assert (len(replicas), len(engines)) == (2, 2)
     streams = [Stream(cluster.url) for _ in range(NUM_STREAMS)]
-    while sum(stream.num_events > 5 for stream in streams) < NUM_STREAMS / 2:
-        time.sleep(0.005)
+    wait_until(lambda: sum(stream.num_events > 5 for stream in streams) >= NUM_STREAMS / 2, 60)
     os.kill(replicas[0], signal.SIGKILL)
     for stream in streams:
         stream.join()
@@ -211,7 +202,4 @@ def test_a_killed_replica_takes_no_request_of_the_other_with_it(cluster):
     processes |= descendants(cluster.process.pid)
     cluster.process.send_signal(signal.SIGTERM)
     assert cluster.process.wait(60) == 0
-    deadline_s = time.monotonic() + 10
-    while alive := [command for pid, command in processes.items() if Path(f"/proc/{pid}").exists()]:
-        assert time.monotonic() < deadline_s, alive
-        time.sleep(0.1)
+    wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in processes))

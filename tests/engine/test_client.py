@@ -7,7 +7,9 @@ import pytest
 
 from jaxserve.config import EngineConfig
 from jaxserve.engine.client import EngineThread
+from jaxserve.engine.cluster import Place
 from jaxserve.engine.core import EngineCore
+from jaxserve.engine.leader import Leader
 from jaxserve.engine.request import Request, SamplingParams
 from jaxserve.errors import ConfigError, EngineStopped, QueueFull
 from tests.checkpoints import write_llama_folder
@@ -100,6 +102,23 @@ def test_when_the_engine_dies_with_nobody_waiting_its_owner_is_told(config, monk
     assert isinstance(engine.error, RuntimeError)
     monkeypatch.undo()
     engine.close()
+
+
+def test_an_engine_that_dies_outside_a_step_is_no_end_in_order_for_its_cluster(config, monkeypatch):
+    def fail(core, request_ids):
+        raise OSError("the disk is full")
+
+    place = Place(host="127.0.0.1", port=0, num_processes=1, process_id=0)  # none follows it
+    leaders = [Leader(place, {}, print, lambda reason: None) for _ in range(2)]
+    EngineThread(config, lambda updates: None, leader=leaders[0]).close()
+    monkeypatch.setattr(EngineCore, "abort", fail)
+    updates = queue.SimpleQueue()
+    engine = EngineThread(config, updates.put, leader=leaders[1])
+    engine.abort(["anybody"])
+    assert updates.get(timeout=30) == []
+    engine.close()
+    ends = [(leader._fate.is_settled, leader._fate.reason) for leader in leaders]
+    assert ends == [(True, None), (True, "process 0 failed: OSError: the disk is full")]
 
 
 def test_what_loading_raises_is_raised_to_the_caller(config):

@@ -148,18 +148,14 @@ def test_a_hostile_grammar_is_refused_soon(compiler, name):
     assert time.monotonic() - started_s < COMPILE_LIMIT_S + 3
 
 
-@pytest.mark.parametrize(
-    "regex", ["(.*a.{20}|.*b.{19})*c", "(((((a{100}){100}){100}){100}){100}){100}"]
-)
-def test_a_grammar_that_explodes_later_stays_within_the_limits(compiler, regex):
-    matcher = matcher_for(compiler, regex=regex)
-    chance = random.Random(0)
+def test_a_grammar_that_explodes_later_ends_in_an_error_within_the_limits(compiler):
+    matcher = matcher_for(compiler, regex="(((((a{100}){100}){100}){100}){100}){100}")
     for _ in range(2000):
         started_s = time.monotonic()
         choices = allowed(matcher)
         assert time.monotonic() - started_s < 2
-        letters = [one for one in choices if one in (ord("a"), ord("b"))]
-        matcher.advance(chance.choice(letters or choices))
+        assert not matcher.is_complete
+        matcher.advance(choices[0])
         if matcher.error:
             break
     assert "too many" in (matcher.error or "")

@@ -112,6 +112,7 @@ def test_channels_of_very_different_size_survive_int8():
         cu_q_lens=jnp.array([0, 24], jnp.int32),
         counts=jnp.array([0, 1], jnp.int32),
         attention="reference",
+        experts="reference",
     )
     pages = (jnp.zeros((2, 16, 32), jnp.int8),) * 2
 

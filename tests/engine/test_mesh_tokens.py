@@ -1,14 +1,20 @@
 """One engine on eight CPU devices: every mesh gives the tokens of one device."""
 
 import dataclasses
+import re
 
 import numpy as np
 import pytest
 
 from jaxserve.config import EngineConfig
 from jaxserve.engine.core import EngineCore
+from jaxserve.engine.grammar import GrammarCompiler
 from jaxserve.engine.request import SamplingParams
 from jaxserve.errors import ConfigError
+from jaxserve.models.checkpoint import tokenizer_files
+from jaxserve.structured_outputs import Grammar
+from jaxserve.text.grammar import vocabulary_of
+from jaxserve.text.tokenizer import Tokenizer
 from tests.checkpoints import write_llama_folder
 from tests.driving import run, tokens_of
 from tests.families import write_family_folder
@@ -31,7 +37,7 @@ OPTIONS = (
     dataclasses.replace(GREEDY, prompt_logprobs=2, repetition_penalty=1.3),
     dataclasses.replace(GREEDY, frequency_penalty=0.7, presence_penalty=0.4),
     dataclasses.replace(SAMPLED, seed=1, top_p=0.9),
-    dataclasses.replace(SAMPLED, seed=2, top_k=40, logprobs=0),
+    dataclasses.replace(SAMPLED, seed=2, top_k=40, logprobs=0, logprob_token_ids=(3, 200, 9)),
     dataclasses.replace(SAMPLED, seed=3, top_k=100, top_p=0.97),  # more than the candidates
     dataclasses.replace(SAMPLED, seed=4, typical_p=0.6),
     dataclasses.replace(SAMPLED, seed=5, min_p=0.05, repetition_penalty=1.2),
@@ -40,6 +46,9 @@ OPTIONS = (
     dataclasses.replace(SAMPLED, seed=8, bad_word_tokens=((9,), (5, 6))),
     dataclasses.replace(
         SAMPLED, seed=9, ignore_eos=False, stop_token_ids=(3, 140), min_tokens=6, logprobs=3
+    ),
+    dataclasses.replace(
+        SAMPLED, seed=10, prompt_logprobs=0, grammar=Grammar(source="start: /[a-f]+[0-9]{3,90}/")
     ),
 )
 
@@ -60,13 +69,20 @@ def workload(folder, **options):
         for index in range(24)
     ]
     core = EngineCore(dataclasses.replace(CONFIG, model=str(folder), **options), print)
+    tokenizer = Tokenizer.from_files(tokenizer_files(folder))
+    compiler = GrammarCompiler(
+        vocabulary_of(tokenizer), vocab_size=core.vocab_size, eos_tokens=core.info.eos_tokens
+    )
     try:
         params = [OPTIONS[index % len(OPTIONS)] for index in range(24)]
-        first = run(core, prompts, params)
-        second = run(core, prompts, params, arrive_every=2)
+        first = run(core, prompts, params, compiler=compiler)
+        second = run(core, prompts, params, arrive_every=2, compiler=compiler)
+        kept = tokenizer.decode(first[len(OPTIONS) - 1].tokens)
+        assert re.fullmatch("[a-f]+[0-9]*", kept), kept
         return [*first, *second], core.stats()
     finally:
         core.close()
+        compiler.close()
 
 
 @pytest.fixture(scope="module")

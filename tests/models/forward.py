@@ -90,6 +90,7 @@ class Forward:
                 cu_q_lens=jnp.array([0, count], jnp.int32),
                 counts=jnp.array([count == 1, 1], jnp.int32),
                 attention="reference",
+                experts="reference",
             )
             logits, cache = self._forward(self._params, batch, cache)
             rows.append(np.asarray(logits)[:, : self._vocab_size])

@@ -142,6 +142,7 @@ def test_embeddings_are_scaled_by_the_root_rounded_as_activations_are(dtype, roo
         cu_q_lens=jnp.zeros((4,), jnp.int32),
         counts=jnp.zeros((2,), jnp.int32),
         attention="reference",
+        experts="reference",
     )
     hidden, _ = model(batch, ())
     np.testing.assert_array_equal(np.asarray(hidden, np.float32), np.float32(root))

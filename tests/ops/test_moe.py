@@ -5,7 +5,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxserve.ops.moe import Routing, mix_experts, route, router_logits, sort_by_expert
+from jaxserve.ops.moe import (
+    ExpertsChoice,
+    Routing,
+    choose_experts_backend,
+    mix_experts,
+    route,
+    router_logits,
+    sort_by_expert,
+)
+from jaxserve.ops.quantization import QuantizedWeight
 
 TOKENS, HIDDEN, FFW, EXPERTS, TOP_K = 12, 64, 96, 8, 3
 
@@ -127,3 +136,39 @@ def test_the_routers_logits_are_float32_whatever_flows(x):
     exact = np.asarray(rounded, np.float64) @ np.asarray(router, np.float64).T
     assert logits.dtype == jnp.float32
     np.testing.assert_allclose(logits, exact, rtol=1e-5, atol=1e-5)
+
+
+DENSE = jax.ShapeDtypeStruct((EXPERTS, FFW, HIDDEN), jnp.bfloat16)
+
+
+def quantized(dtype, *, groups=1, scales=FFW, **leaves):
+    scale = jax.ShapeDtypeStruct((EXPERTS, groups, scales), jnp.float32)
+    data = jax.ShapeDtypeStruct((EXPERTS, FFW, HIDDEN), jnp.dtype(dtype))
+    return QuantizedWeight(data=data, scale=scale, **leaves)
+
+
+@pytest.mark.parametrize("weight", [DENSE, quantized("int8"), quantized("float8_e4m3fn")])
+def test_a_tpu_has_a_kernel_for_experts_unless_the_reference_is_asked_for(weight):
+    chosen = ExpertsChoice(backend="tpu", warning=None)
+    assert choose_experts_backend("auto", "tpu", [weight]) == chosen
+    for requested, platform in (("reference", "tpu"), ("auto", "cpu")):
+        asked = ExpertsChoice(backend="reference", warning=None)
+        assert choose_experts_backend(requested, platform, [weight]) == asked
+
+
+@pytest.mark.parametrize(
+    ("platform", "weight", "reason"),
+    [
+        ("gpu", DENSE, "there is none for a gpu"),
+        ("tpu", quantized("int4"), "it takes no int4"),
+        ("tpu", quantized("int8", groups=2), "one scale a row, not 2 x 96 scales a matrix"),
+        ("tpu", quantized("float8_e4m3fn", scales=1), "one scale a row, not 1 x 1 scales a matrix"),
+        ("tpu", quantized("int8", zero=DENSE), "it takes no int8 with zeros or with columns in"),
+        ("tpu", quantized("int8", order=DENSE), "it takes no int8 with zeros or with columns in"),
+    ],
+)
+def test_experts_without_a_kernel_say_why(platform, weight, reason):
+    choice = choose_experts_backend("auto", platform, [DENSE, weight])
+    assert choice.backend == "reference"
+    assert choice.warning.startswith("experts run on the slower reference, not on a kernel: ")
+    assert reason in choice.warning

@@ -47,10 +47,12 @@ class Slot:
     stop_tokens: tuple[int, ...] = ()
     prompt: tuple[int, ...] = ()
     outputs: tuple[int, ...] = ()
+    listed: bool = False  # report the tokens of `bias`, which then biases nothing
 
     @property
     def options(self) -> Option:
-        options = Option.LOGIT_BIAS if self.bias else Option.NONE
+        options = Option.LOGIT_BIAS if self.bias and not self.listed else Option.NONE
+        options |= Option.LOGPROB_TOKENS if self.listed else Option.NONE
         options |= Option.ALLOWED_TOKENS if self.allowed else Option.NONE
         options |= Option.GRAMMAR if self.grammar else Option.NONE
         return options | (Option.BAD_WORDS if self.bad_words else Option.NONE)
@@ -203,6 +205,23 @@ def narrow(**options: float) -> Slot:
 
 
 # Greedy choices and what changes them.
+
+
+def test_listed_tokens_are_reported_in_place_of_the_likeliest():
+    logits = np.random.default_rng(3).normal(size=(3, VOCAB)).astype(np.float32)
+    asked = {"num_logprobs": 3}
+    slots = [Slot(narrow=asked), Slot(narrow=asked, bias={250: 9.0, 7: 0.0, 130: 0.0}, listed=True)]
+    rows = rows_of(np.array([0, 1, 1]))
+    rows.targets[2] = 5  # a prompt's row keeps the likeliest
+    _, report = run(logits, state_of(slots), rows)
+    read = read_report(report)
+    expected = logits - np.log(np.exp(logits).sum(1, keepdims=True))
+    likeliest = np.argsort(-logits, axis=1)[:, :3]
+    assert read.top_tokens[1, :3].tolist() == [250, 7, 130]
+    np.testing.assert_allclose(read.top_logprobs[1, :3], expected[1, [250, 7, 130]], atol=1e-5)
+    for row in (0, 2):
+        np.testing.assert_array_equal(read.top_tokens[row, :3], likeliest[row])
+    assert read.tokens[1] == likeliest[1, 0]
 
 
 def test_greedy_takes_the_first_largest_token():

@@ -6,6 +6,7 @@ import contextlib
 import os
 import queue
 import re
+import socket
 import subprocess
 import threading
 import time
@@ -52,6 +53,24 @@ class ServerProcess:
         for line in self.process.stderr:
             self.log.append(line)
             self._lines.put(line)
+
+
+def free_port() -> int:
+    """Returns a port that nobody listens on now."""
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        port: int = sock.getsockname()[1]
+        return port
+
+
+def children_of(pid: int | str) -> set[int]:
+    """Returns the processes that this one has started and that still run."""
+    found: set[int] = set()
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+        for task in Path(f"/proc/{pid}/task").iterdir():
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has ended since
+                found |= set(map(int, (task / "children").read_text().split()))
+    return found
 
 
 @contextlib.contextmanager

@@ -4,7 +4,6 @@ import concurrent.futures
 import contextlib
 import os
 import signal
-import socket
 import sys
 import time
 from pathlib import Path
@@ -13,11 +12,11 @@ import httpx2
 import pytest
 
 from tests.checkpoints import write_llama_folder
-from tests.server.processes import running
+from tests.server.processes import children_of, free_port, running
 
 pytestmark = pytest.mark.slow
 
-END_S = 10  # in which the loss of a process ends all
+END_S = 30  # in which the end of one process must have ended all, on a machine under load
 START_S = 240
 OPTIONS = (
     "--dtype=float32 --max-num-seqs=2 --max-num-batched-tokens=64 --max-model-len=96 "
@@ -30,6 +29,7 @@ REQUESTS = (
     {"temperature": 1, "seed": 2, "top_k": 40, "logit_bias": {"7": 4.0, "300": 3.0}},
     {"temperature": 1, "seed": 3, "allowed_token_ids": [5, 120, 130, 255, 319]},
     {"temperature": 0, "logprobs": 3},
+    {"temperature": 1, "seed": 4, "structured_outputs": {"regex": "[a-f]+[0-9]{3,90}"}},
 )
 
 
@@ -47,12 +47,6 @@ def command(folder, *options):
 
 def env(num_devices):
     return {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(num_devices)}
-
-
-def free_port():
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return sock.getsockname()[1]
 
 
 @contextlib.contextmanager
@@ -106,8 +100,8 @@ def assert_same(answers, expected):
 
 
 def engine_pid(server):
-    pid = server.process.pid
-    return int(Path(f"/proc/{pid}/task/{pid}/children").read_text().split()[0])
+    (pid,) = children_of(server.process.pid)
+    return pid
 
 
 def is_running(pid):
@@ -210,11 +204,11 @@ def test_a_follower_with_another_option_is_refused_and_a_missing_one_is_named(fo
     ):
         first.wait_for_line("(waiting for process 1 of 2)", 60)
         assert other.process.wait(60) == 1
-        assert "its max_num_seqs is 3; process 0 has 2" in log_of(other)
-        first.wait_for_line("(refused process 1 .*max_num_seqs is 3)", 10)
+        assert "its max_num_seqs is not that of process 0" in log_of(other)
+        first.wait_for_line("(refused process 1 .*its max_num_seqs is '3'; process 0 has '2')", 10)
         assert httpx2.get(f"{first.url}/ready").status_code == 503
         first.process.send_signal(signal.SIGTERM)
-        assert first.process.wait(10) == 0
+        assert first.process.wait(END_S) == 0
 
 
 def test_a_signal_while_processes_are_missing_ends_in_order_those_that_came(folder):
@@ -226,7 +220,7 @@ def test_a_signal_while_processes_are_missing_ends_in_order_those_that_came(fold
         first.wait_for_line("(process 1 is there)", 60)
         other.wait_for_line("(process 0 is waiting for process 2 of 3)", 60)
         first.process.send_signal(signal.SIGTERM)
-        assert [first.process.wait(10), other.process.wait(10)] == [0, 0]
+        assert [first.process.wait(END_S), other.process.wait(END_S)] == [0, 0]
 
 
 def test_a_mesh_that_leaves_a_process_out_ends_all_with_the_reason(folder):
@@ -235,6 +229,6 @@ def test_a_mesh_that_leaves_a_process_out_ends_all_with_the_reason(folder):
         running(command(folder, *place, "--process-id=0"), env=env(4)) as first,
         running(command(folder, *place, "--process-id=1"), env=env(4)) as other,
     ):
-        assert [first.process.wait(90), other.process.wait(10)] == [1, 1]
+        assert [first.process.wait(90), other.process.wait(END_S)] == [1, 1]
         for server in (first, other):
             assert "mesh 1x4 takes the devices of 1 of 2 processes" in log_of(server)

@@ -5,6 +5,7 @@ import time
 import httpx2
 import pytest
 
+from jaxserve import errors
 from jaxserve.config import ServerConfig
 from tests.server.serving import EchoServer
 
@@ -70,6 +71,25 @@ def refused(response: httpx2.Response, status: int) -> dict:
         ({"prompt": "a", "stop": [1]}, "stop.0"),
         ({"prompt": "a", "logprobs": 21}, "logprobs"),
         ({"prompt": "a", "logprobs": -1}, "logprobs"),
+        ({"prompt": "a", "logprobs": -2}, "logprobs"),
+        ({"prompt": "a", "prompt_logprobs": -1}, "prompt_logprobs"),
+        ({"prompt": "a", "logprob_token_ids": [1]}, "logprob_token_ids"),
+        ({"prompt": "a", "logprobs": 1, "logprob_token_ids": [256]}, "logprob_token_ids"),
+        (
+            {"prompt": "a", "logprobs": 1, "logprob_token_ids": [*range(21)]},
+            "logprob_token_ids",
+        ),
+        ({"prompt": "a", "truncate_prompt_tokens": 0}, "truncate_prompt_tokens"),
+        ({"prompt": "a", "truncate_prompt_tokens": 113}, "truncate_prompt_tokens"),
+        ({"prompt": "a", "truncation_side": "middle"}, "truncation_side"),
+        ({"prompt": "a", "stream": True, "stream_interval": 0}, "stream_interval"),
+        (
+            {"prompt": "a", "repetition_detection": {"max_pattern_size": 300}},
+            "repetition_detection",
+        ),
+        ({"prompt": "a", "vllm_xargs": {"a": 1}}, "vllm_xargs"),
+        ({"prompt": "a", "kv_transfer_params": {}}, "kv_transfer_params"),
+        ({"prompt": "a", "thinking_token_budget": 5}, "thinking_token_budget"),
         ({"prompt": "a", "prompt_logprobs": 21}, "prompt_logprobs"),
         ({"prompt": "a", "prompt_logprobs": 1, "stream": True}, "prompt_logprobs"),
         ({"prompt": "a", "logit_bias": {"x": 1}}, "logit_bias"),
@@ -87,11 +107,18 @@ def refused(response: httpx2.Response, status: int) -> dict:
         ({"prompt": ["a"] * 9, "n": 128}, "n"),
         ({"prompt": "a", "request_id": "a b"}, "request_id"),
         ({"prompt": "a", "suffix": "end"}, "suffix"),
-        ({"prompt": "a", "use_beam_search": True}, "use_beam_search"),
+        ({"prompt": "a", "suffix": "end", "echo": True}, "suffix"),
+        ({"prompt": "a", "use_beam_search": True, "stream": True}, "stream"),
+        ({"prompt": "a", "use_beam_search": True, "top_k": 5}, "top_k"),
+        ({"prompt": "a", "use_beam_search": True, "temperature": 0.5}, "temperature"),
+        ({"prompt": "a", "use_beam_search": True, "stop": "x"}, "stop"),
+        ({"prompt": "a", "use_beam_search": True, "echo": True, "logprobs": 1}, "echo"),
+        ({"prompt": "a", "use_beam_search": True, "n": 11}, "n"),
+        ({"prompt": "a", "use_beam_search": True, "length_penalty": 200}, "length_penalty"),
+        ({"prompt": "a", "length_penalty": 2}, "length_penalty"),
         ({"prompt": "a", "best_of": 2}, "best_of"),
         ({"prompt": "a", "prompt_embeds": "AAAA"}, "prompt_embeds"),
         ({"prompt": "a", "guided_json": {}}, "guided_json"),
-        ({"prompt": "a", "truncate_prompt_tokens": 5}, "truncate_prompt_tokens"),
     ],
 )
 def test_a_bad_completion_names_its_field(http, body, param):
@@ -123,7 +150,8 @@ def test_a_bad_completion_names_its_field(http, body, param):
         ({"messages": HI, "chat_template_kwargs": {"tokenize": True}}, "chat_template_kwargs"),
         ({"messages": HI, "continue_final_message": True}, "continue_final_message"),
         ({"messages": HI, "response_format": {"type": "json_schema"}}, "response_format"),
-        ({"messages": HI, "echo": True}, "echo"),
+        ({"messages": HI, "truncate_prompt_tokens": 200}, "truncate_prompt_tokens"),
+        ({"messages": HI, "logprob_token_ids": [1]}, "logprob_token_ids"),
         ({"messages": HI, "priority": -1}, "priority"),
     ],
 )
@@ -222,3 +250,112 @@ def test_everything_but_the_probes_needs_the_key(path):
             assert http.get(path, headers=headers).status_code in (200, 404)
         bearer = {"authorization": "Bearer först".encode()}
         assert http.get(path, headers=bearer).status_code in (200, 404)
+
+
+def slow_body():
+    yield b'{"prompt": '
+    time.sleep(0.6)
+    yield b'"a"}'
+
+
+JSON = {"content-type": "application/json"}
+COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
+
+
+@pytest.fixture(scope="module")
+def strict():
+    config = ServerConfig(api_key=("k",), max_body_bytes=2000, body_timeout_s=0.3)
+    with (
+        EchoServer(config, max_waiting=1) as server,
+        httpx2.Client(base_url=server.url, headers={"x-api-key": "k"}, timeout=30) as client,
+    ):
+        yield client
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "request_", "status", "kind", "param", "message"),
+    [
+        (
+            "POST", COMPLETIONS, {"content": b"{", "headers": JSON},
+            400, "invalid_request_error", None, "the body is not valid JSON",
+        ),
+        (
+            "POST", COMPLETIONS, {"json": {"prompt": "a", "n": "1"}},
+            400, "invalid_request_error", "n", "n: Expected `int | null`, got `str`",
+        ),
+        (
+            "POST", COMPLETIONS, {"json": {"prompt": "a", "temperature": 2.5}},
+            400, "invalid_request_error", "temperature", "temperature is 2.5; it must be in [0, 2]",
+        ),
+        (
+            "POST", COMPLETIONS, {"json": {"prompt": "a", "logprobs": 21}},
+            400, "invalid_request_error", "logprobs", "logprobs is 21; the limit is 20",
+        ),
+        (
+            "POST", COMPLETIONS, {"json": {"prompt": "x" * 200}},
+            400, "invalid_request_error", "prompt",
+            "the prompt has 200 tokens; the model's context holds 128",
+        ),
+        (
+            "POST", CHAT, {"json": {"messages": [{"role": "user", "content": "x" * 200}]}},
+            400, "invalid_request_error", "messages",
+            "the prompt has 205 tokens; the model's context holds 128",
+        ),
+        (
+            "POST", CHAT, {"json": {"messages": []}},
+            400, "invalid_request_error", "messages", "messages is empty",
+        ),
+        (
+            "POST", COMPLETIONS, {"json": {"prompt": "a", "best_of": 3}},
+            400, "invalid_request_error", "best_of", "best_of is not supported by this server",
+        ),
+        (
+            "POST", COMPLETIONS, {"json": {"prompt": "a"}, "headers": {"x-api-key": "wrong"}},
+            401, "authentication_error", None, "the API key is wrong",
+        ),
+        (
+            "POST", COMPLETIONS, {"json": {"prompt": "a", "model": "gpt"}},
+            404, "not_found_error", "model", "no model is named 'gpt'; served: echo, alias",
+        ),
+        ("GET", "/v2", {}, 404, "not_found_error", None, "there is nothing at /v2"),
+        (
+            "GET", CHAT, {},
+            405, "invalid_request_error", None, "/v1/chat/completions does not take GET",
+        ),
+        (
+            "POST", COMPLETIONS, {"content": slow_body, "headers": JSON},
+            408, "invalid_request_error", None, "the body did not arrive within 0.3 s",
+        ),
+        (
+            "POST", COMPLETIONS, {"json": {"prompt": "x" * 3000}},
+            413, "invalid_request_error", None, "the limit is 2000",
+        ),
+        (
+            "POST", COMPLETIONS, {"content": b"{}", "headers": {"content-type": "text/plain"}},
+            415, "invalid_request_error", None, "content-type is 'text/plain'; it must be",
+        ),
+        (
+            "POST", COMPLETIONS, {"json": {"prompt": ["a", "b"]}},
+            429, "rate_limit_error", None, "requests wait already",
+        ),
+    ],
+)  # fmt: skip
+def test_every_refusal_has_its_status_type_param_and_message(
+    strict, method, path, request_, status, kind, param, message
+):
+    content = request_.get("content")
+    given = {**request_, "content": content()} if callable(content) else request_
+    error = refused(strict.request(method, path, **given), status)
+    assert (error["type"], error["param"]) == (kind, param)
+    assert message in error["message"]
+
+
+def test_every_4xx_of_the_server_is_among_the_refusals_above():
+    mark = test_every_refusal_has_its_status_type_param_and_message.pytestmark[0]
+    tested = {row[3] for row in mark.args[1]}
+    known = {
+        cls.status
+        for cls in vars(errors).values()
+        if isinstance(cls, type) and issubclass(cls, errors.RequestError)
+    }
+    assert tested == known

@@ -2,15 +2,20 @@
 
 import asyncio
 import dataclasses
+import functools
 import socket
+import sys
+import threading
+import time
 
 import msgspec
 import pytest
 
 from jaxserve.config import EngineConfig
-from jaxserve.engine import wire
+from jaxserve.engine import ipc, wire
 from jaxserve.engine.ipc import IpcClient
 from jaxserve.engine.process import serve_ipc
+from jaxserve.engine.repetition import RepetitionDetection
 from jaxserve.engine.request import Request, SamplingParams, TokenLogprobs, Update
 from jaxserve.engine.wire import (
     RequestFrame,
@@ -24,6 +29,7 @@ from jaxserve.errors import ConfigError, EngineStopped, QueueFull, RequestError
 from jaxserve.structured_outputs import Grammar
 from tests.fakes import EchoEngine
 from tests.server.serving import EchoLink, echo_command
+from tests.waiting import until
 
 pytestmark = pytest.mark.anyio
 
@@ -76,6 +82,8 @@ def test_a_request_survives_the_wire_with_every_parameter():
             skip_special_tokens=False,
             spaces_between_special_tokens=False,
             shown_special_tokens=("<tool_call>",),
+            logprob_token_ids=[5, 6],
+            repetition_detection=RepetitionDetection(max_pattern_size=4),
         ),
         priority=-3,
         cache_salt="salt",
@@ -116,6 +124,28 @@ async def test_a_request_is_answered_token_by_token():
         updates = await drain(stream)
     assert [token for update in updates for token in update.tokens] == [1, 2, 3, 1]
     assert updates[-1].finish_reason == "length"
+
+
+async def test_a_slow_compiler_holds_up_nobody_else(monkeypatch):
+    prepared = threading.Event()
+    monkeypatch.setattr(EchoEngine, "prepare", lambda self, grammar: prepared.wait(10))
+    monkeypatch.setattr(EchoEngine, "submit", functools.partialmethod(_submit_plainly))
+    async with EchoLink().client() as client:
+        grammar = Grammar(source="start: /a/")
+        slow = asyncio.create_task(client.submit([request("slow", grammar=grammar)]))
+        await drain(await client.submit([request("quick", max_tokens=4)]))
+        assert not slow.done()
+        gone = asyncio.create_task(client.submit([request("gone", grammar=grammar)]))
+        await asyncio.sleep(0)
+        gone.cancel()
+        prepared.set()
+        assert [update.request_id for update in await drain(await slow)][-1:] == ["slow"]
+        assert (await client.stats()).num_running == 0
+
+
+def _submit_plainly(engine, sent, submit=EchoEngine.submit):
+    params = dataclasses.replace(sent.params, grammar=None)
+    submit(engine, dataclasses.replace(sent, params=params))
 
 
 async def test_updates_that_have_queued_arrive_as_one():
@@ -235,3 +265,89 @@ async def test_the_engine_process_ends_when_its_front_does():
     client._writer.transport.abort()
     assert await asyncio.to_thread(process.wait, 10) == 0
     await client.close()
+
+
+async def test_a_reason_to_close_comes_before_the_close():
+    ours, theirs = socket.socketpair()
+    heard = []
+
+    def make_engine(config, deliver, report) -> EchoEngine:
+        engine = EchoEngine(deliver)
+        close = engine.close
+        engine.close = lambda: (heard.append("closed"), close())[1]
+        return engine
+
+    with theirs:
+        serving = asyncio.create_task(
+            asyncio.to_thread(serve_ipc, theirs, make_engine, on_close=heard.append)
+        )
+        client = await IpcClient.connect(ours, EngineConfig(), report=print)
+        await client.wait_ready()
+        await client.close("the chat template is wrong")
+        await serving
+    assert heard == [wire.Close("the chat template is wrong"), "closed"]
+
+
+# The engine process of a cluster without the cluster: it tells how that was ended.
+MEMBER = """
+import socket, sys
+from jaxserve.engine import process
+from jaxserve.engine.cluster import Place
+from tests.fakes import EchoEngine
+
+class Member:
+    def __init__(self, place, config, report, on_end, *, on_heard):
+        self.report = report
+
+    def start(self, deliver):
+        return EchoEngine(deliver)
+
+    def end(self, reason=None):
+        self.report(f"ended: {reason}")
+
+process.Member = Member
+place = Place(host="127.0.0.1", port=1, num_processes=2, process_id=0)
+process._serve_member(socket.socket(fileno=int(sys.argv[1])), place)
+"""
+
+
+@pytest.mark.parametrize(("reason", "status"), [("the front failed", 1), (None, 0)])
+async def test_a_cluster_ends_in_order_only_where_nothing_failed(reason, status):
+    lines = []
+    client = await IpcClient.start(
+        EngineConfig(), report=lines.append, command=(sys.executable, "-c", MEMBER)
+    )
+    await asyncio.wait_for(client.wait_ready(), 30)
+    await client.close(reason)
+    assert client._process is not None and client._process.returncode == status
+    assert lines == ([f"ended: {reason}"] if reason else [])
+
+
+async def test_a_front_that_stood_still_does_not_blame_the_engine(monkeypatch):
+    monkeypatch.setattr(ipc, "ALIVE_S", 0.2)
+    link = EchoLink()
+    async with link.client() as client:
+        asked, stats = 0, link.engine.stats
+        # The answer comes while the loop stands still, not before.
+        monkeypatch.setattr(link.engine, "stats", lambda: (time.sleep(0.05), stats())[1])
+
+        async def stand_still() -> None:
+            nonlocal asked
+            asked += 1
+            if asked == 1:  # once the frame has left
+                asyncio.get_running_loop().call_soon(time.sleep, 1.5)
+            await IpcClient.stats(client)
+
+        monkeypatch.setattr(client, "stats", stand_still)
+        watching = asyncio.create_task(client._watch())
+        await until(lambda: asked > 2 or watching.done())
+        watching.cancel()
+        assert client.error is None
+
+
+async def test_an_engine_that_does_not_answer_is_ended(monkeypatch):
+    monkeypatch.setattr(ipc, "ALIVE_S", 0.1)
+    async with EchoLink().client() as client:
+        monkeypatch.setattr(client, "stats", asyncio.Event().wait)
+        await asyncio.wait_for(client._watch(), 5)
+        assert client.error == "the engine process has not answered for 0 s"

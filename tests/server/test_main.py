@@ -11,8 +11,13 @@ import time
 import httpx2
 import pytest
 
+from jaxserve.config import ServerConfig
+from jaxserve.engine.cluster import Place
+from jaxserve.errors import ConfigError
+from jaxserve.server import follower
+from jaxserve.server.http import address_of, bind
 from tests.checkpoints import write_llama_folder
-from tests.server.processes import ServerProcess, running
+from tests.server.processes import ServerProcess, free_port, running
 from tests.server.serving import echo_command
 
 
@@ -179,3 +184,39 @@ def test_a_port_that_is_taken_is_an_error_that_says_so(model):
             "else: raise SystemExit(1)"
         )
         subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_port_belongs_to_whoever_bound_it_first():
+    with bind("127.0.0.1", 0) as sock:
+        with pytest.raises(ConfigError, match="cannot listen on 127.0.0.1 port"):
+            bind("127.0.0.1", sock.getsockname()[1])
+
+
+def follower_place(host="127.0.0.1"):
+    return Place(host=host, port=1, num_processes=2, process_id=1)
+
+
+def test_a_follower_leaves_the_port_to_a_process_0_of_its_host():
+    config = ServerConfig(port=free_port())
+    assert follower._health_socket(config, follower_place("localhost")) is None
+    with follower._health_socket(config, follower_place("192.0.2.1")) as sock:  # no host has it
+        assert sock.getsockname()[1] == config.port
+        assert follower._health_socket(config, follower_place("192.0.2.1")) is None
+    with follower._health_socket(ServerConfig(health_port=0), follower_place()) as sock:
+        assert address_of(sock).startswith("http://127.0.0.1:")
+
+
+def test_a_signal_ends_a_follower_that_has_not_heard_process_0():
+    code = (
+        "import sys; from jaxserve.config import EngineConfig, ServerConfig;"
+        "from jaxserve.server.follower import follow; from jaxserve.engine.cluster import Place;"
+        "import logging; logging.basicConfig(level='INFO');"
+        f"sys.exit(follow(EngineConfig(), ServerConfig(health_port=0), {follower_place()!r},"
+        f" {echo_command(load_s=60)!r}))"
+    )
+    with running([sys.executable, "-c", code]) as server:
+        assert httpx2.get(f"{server.url}/health").status_code == 200
+        server.wait_for_line("(loading)", 10)
+        server.process.send_signal(signal.SIGTERM)
+        assert server.process.wait(10) == 0
+        assert "ends before process 0 was there" in "".join(server.log)

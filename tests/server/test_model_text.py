@@ -64,6 +64,24 @@ def test_sampling_defaults_take_our_names():
         sampling_defaults({"temperature": -1})
 
 
+def test_sampling_defaults_can_be_overridden(model):
+    engine = EngineConfig(model=str(model))
+    option = '{"temperature": 0.25, "max_new_tokens": 9, "presence_penalty": 1.5}'
+    for source in ("auto", "vllm"):
+        server = ServerConfig(override_generation_config=option, generation_config=source)
+        defaults = load_text(model, engine, server).defaults
+        assert (defaults["temperature"], defaults["max_tokens"]) == (0.25, 9)
+        assert defaults["presence_penalty"] == 1.5
+    for wrong, message in (
+        ("{", "not JSON"),
+        ("3", "must be an object"),
+        ('{"heat": 1}', "heat"),
+        ('{"top_p": 7}', "override_generation_config: top_p is 7"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            load_text(model, engine, ServerConfig(override_generation_config=wrong))
+
+
 def test_defaults_apply_where_a_request_says_nothing():
     with EchoServer() as server, httpx2.Client(base_url=server.url) as http:
         assert server.state.text is not None

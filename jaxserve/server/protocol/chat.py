@@ -16,15 +16,12 @@ MAX_MESSAGES = 4096
 UNSUPPORTED_IN_CHAT: dict[str, tuple[Any, ...]] = {
     "functions": (None, []),
     "function_call": (None, "none", "auto"),
-    "chat_template": (None,),
-    "echo": (None, False),
     "media_io_kwargs": (None, {}),
     "mm_processor_kwargs": (None, {}),
     "modalities": (None, ["text"]),
     "audio": (None,),
     "prediction": (None,),
     "web_search_options": (None,),
-    "return_prompt_text": (None, False),
 }
 
 
@@ -46,15 +43,15 @@ class ChatRequest(GenerationFields, kw_only=True):
     include_reasoning: bool | None = None
     functions: Any = msgspec.UNSET
     function_call: Any = msgspec.UNSET
-    chat_template: Any = msgspec.UNSET
-    echo: Any = msgspec.UNSET
+    chat_template: str | None = None
+    echo: bool | None = None
     media_io_kwargs: Any = msgspec.UNSET
     mm_processor_kwargs: Any = msgspec.UNSET
     modalities: Any = msgspec.UNSET
     audio: Any = msgspec.UNSET
     prediction: Any = msgspec.UNSET
     web_search_options: Any = msgspec.UNSET
-    return_prompt_text: Any = msgspec.UNSET
+    return_prompt_text: bool | None = None
 
     def check(self) -> None:
         """Raises `RequestError` naming a field that is out of range or cannot be honoured."""
@@ -131,3 +128,4 @@ class ChatCompletion:
     system_fingerprint: str | None = None
     prompt_logprobs: list[dict[int, dict[str, Any]] | None] | None = None
     prompt_token_ids: list[int] | None = None
+    prompt_text: str | None = None

@@ -13,8 +13,10 @@ from typing import Any
 
 import msgspec
 
+from jaxserve.engine.repetition import RepetitionDetection
 from jaxserve.engine.request import SamplingParams
 from jaxserve.errors import RequestError
+from jaxserve.server.protocol.beams import check_beams
 from jaxserve.server.protocol.structured import RENAMED, structured_outputs_of
 
 MAX_REQUEST_ID = 128
@@ -40,6 +42,8 @@ SAMPLING_FIELDS = (
     "ignore_eos",
     "allowed_token_ids",
     "bad_words",
+    "logprob_token_ids",
+    "repetition_detection",
     "skip_special_tokens",
     "spaces_between_special_tokens",
 )
@@ -48,16 +52,9 @@ SAMPLING_FIELDS = (
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(RENAMED, (None,)),
     "guided_decoding_backend": (None,),
-    "use_beam_search": (None, False),
-    "length_penalty": (None, 1, 1.0),
     "best_of": (None, 1),
-    "truncate_prompt_tokens": (None,),
-    "truncation_side": (None,),
-    "logprob_token_ids": (None, []),
     "prompt_logprob_token_ids": (None, []),
-    "stream_interval": (None, 1),
     "thinking_token_budget": (None,),
-    "repetition_detection": (None,),
     "watermarking": (None,),
     "kv_transfer_params": (None,),
     "ec_transfer_params": (None,),
@@ -118,16 +115,16 @@ class GenerationFields(msgspec.Struct, kw_only=True):
     guided_json_object: Any = msgspec.UNSET
     guided_whitespace_pattern: Any = msgspec.UNSET
     guided_decoding_backend: Any = msgspec.UNSET
-    use_beam_search: Any = msgspec.UNSET
-    length_penalty: Any = msgspec.UNSET
+    use_beam_search: bool | None = None
+    length_penalty: float | None = None
     best_of: Any = msgspec.UNSET
-    truncate_prompt_tokens: Any = msgspec.UNSET
-    truncation_side: Any = msgspec.UNSET
-    logprob_token_ids: Any = msgspec.UNSET
+    truncate_prompt_tokens: int | None = None
+    truncation_side: str | None = None
+    logprob_token_ids: list[int] | None = None
     prompt_logprob_token_ids: Any = msgspec.UNSET
-    stream_interval: Any = msgspec.UNSET
+    stream_interval: int | None = None
     thinking_token_budget: Any = msgspec.UNSET
-    repetition_detection: Any = msgspec.UNSET
+    repetition_detection: RepetitionDetection | None = None
     watermarking: Any = msgspec.UNSET
     kv_transfer_params: Any = msgspec.UNSET
     ec_transfer_params: Any = msgspec.UNSET
@@ -147,8 +144,8 @@ def check_fields(
         if value is not msgspec.UNSET and value not in harmless:
             instead = f"; use {RENAMED[name]}" if name in RENAMED else ""
             raise RequestError(f"{name} is not supported by this server{instead}", param=name)
-    if body.stream_options is not None:
-        _check_stream_options(body.stream_options, is_stream=bool(body.stream))
+    _check_stream(body)
+    check_beams(body)
     if body.prompt_logprobs is not None and body.stream:
         raise RequestError("prompt_logprobs cannot be streamed", param="prompt_logprobs")
     if body.priority is not None and not -(2**63) <= body.priority < 2**63:
@@ -166,8 +163,15 @@ def check_fields(
             )
 
 
-def _check_stream_options(options: StreamOptions, *, is_stream: bool) -> None:
-    if not is_stream:
+def _check_stream(body: GenerationFields) -> None:
+    if body.stream_interval is not None and body.stream_interval < 1:
+        raise RequestError(
+            f"stream_interval is {body.stream_interval}; it must be at least 1",
+            param="stream_interval",
+        )
+    if (options := body.stream_options) is None:
+        return
+    if not body.stream:
         raise RequestError("stream_options needs stream: true", param="stream_options")
     if options.continuous_usage_stats and not options.include_usage:
         raise RequestError(

@@ -13,7 +13,6 @@ from jaxserve.server.protocol.common import GenerationFields, Usage, check_field
 MAX_PROMPTS = 256
 
 UNSUPPORTED_IN_COMPLETIONS: dict[str, tuple[Any, ...]] = {
-    "suffix": (None, ""),
     "prompt_embeds": (None,),
 }
 
@@ -24,7 +23,7 @@ class CompletionRequest(GenerationFields, kw_only=True):
     prompt: str | list[str | int | list[int]] | None = None
     echo: bool | None = None
     logprobs: int | None = None
-    suffix: Any = msgspec.UNSET
+    suffix: str | None = None
     prompt_embeds: Any = msgspec.UNSET
 
     def check(self) -> None:
@@ -32,6 +31,10 @@ class CompletionRequest(GenerationFields, kw_only=True):
         check_fields(self, UNSUPPORTED_IN_COMPLETIONS)
         if self.max_tokens == 0 and not self.echo:
             raise RequestError("max_tokens is 0; that needs echo: true", param="max_tokens")
+        if self.suffix and (self.echo or self.truncate_prompt_tokens is not None):
+            raise RequestError(
+                "suffix goes neither with echo nor with truncate_prompt_tokens", param="suffix"
+            )
 
     def prompts(self) -> list[str | list[int]]:
         """Returns the prompts, each a text or token ids. Raises `RequestError` if there is none."""
