@@ -1,10 +1,11 @@
 """Measures what grammars cost: the same batch with and without them, in turn, in one run.
 
-    python scripts/bench_grammar.py [--model demo] [--batch 32] [--tokens 64] [--rounds 5]
+    python scripts/bench_grammar.py [--model demo] [--batch 32] [--tokens 64] [--rounds 9]
 
-The schema never ends, so that every row runs for the same number of steps. Ratios are of medians
-over the rounds, each of which runs every case once; a machine that is busy elsewhere slows all
-cases alike.
+The schema never ends, so that every row runs for the same number of steps. Each round runs every
+case once, in turning order; a ratio is the median of the rounds' ratios, with the quartiles, so
+that a machine that is busy elsewhere slows all cases alike. `idle` is how long the device waited
+for the host, a step: at most, and in the median round.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import statistics
 from collections import defaultdict
+from typing import NamedTuple
 
 from jaxserve import LLM, RequestOutput, SamplingParams, StructuredOutputsParams
 
@@ -40,8 +42,16 @@ def rate_of(output: RequestOutput) -> float:
     return (num_tokens - 1) / (metrics.finished_time - metrics.first_token_time)
 
 
-def measure(llm: LLM, batch: int, num_tokens: int, rounds: int) -> dict[str, list[tuple]]:
-    """Returns for each case and round the batch's tokens/s and those of its first request."""
+class Turn(NamedTuple):
+    """What one case did in one round."""
+
+    batch: float  # tokens/s
+    first: float  # tokens/s of the first request
+    idle_ms: float  # of the device, a step
+
+
+def measure(llm: LLM, batch: int, num_tokens: int, rounds: int) -> dict[str, list[Turn]]:
+    """Returns for each case what it did in each round."""
     plain = SamplingParams(temperature=0.8, seed=1, max_tokens=num_tokens, ignore_eos=True)
     kept = SamplingParams(
         temperature=0.8,
@@ -56,14 +66,27 @@ def measure(llm: LLM, batch: int, num_tokens: int, rounds: int) -> dict[str, lis
         "grammar on all but one": [plain] + [kept] * (batch - 1),
     }
     prompts = [f"List number {index} of people in JSON: " for index in range(batch)]
-    rates: dict[str, list[tuple]] = defaultdict(list)
-    for turn in range(rounds + 1):
-        for name, params in cases.items():
-            outputs = llm.generate(prompts, params, use_tqdm=False)
+    turns: dict[str, list[Turn]] = defaultdict(list)
+    names = list(cases)
+    for number in range(rounds + 1):
+        for name in names[number % len(names) :] + names[: number % len(names)]:
+            before = llm._client.stats()
+            outputs = llm.generate(prompts, cases[name], use_tqdm=False)
+            after = llm._client.stats()
             assert all(len(output.outputs[0].token_ids) == num_tokens for output in outputs)
-            if turn:  # the first warms up
-                rates[name].append((sum(map(rate_of, outputs)), rate_of(outputs[0])))
-    return rates
+            idle_s = after.host_gap_s - before.host_gap_s
+            idle_ms = 1000 * idle_s / (after.num_steps - before.num_steps)
+            if number:  # the first round warms up
+                rates = [rate_of(output) for output in outputs]
+                turns[name].append(Turn(sum(rates), rates[0], idle_ms))
+    return {name: turns[name] for name in names}
+
+
+def ratio(ours: list[float], theirs: list[float]) -> str:
+    """Returns the median of the rounds' ratios, and the quartiles."""
+    ratios = [one / other for one, other in zip(ours, theirs, strict=True)]
+    low, middle, high = statistics.quantiles(ratios, n=4)
+    return f"{middle:.3f} ({low:.3f} to {high:.3f})"
 
 
 def main() -> None:
@@ -72,18 +95,18 @@ def main() -> None:
     parser.add_argument("--model", default="demo")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--tokens", type=int, default=64)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=9)
     args = parser.parse_args()
     with LLM(args.model, max_num_seqs=args.batch, max_model_len=512) as llm:
-        rates = measure(llm, args.batch, args.tokens, args.rounds)
-    base = [statistics.median(column) for column in zip(*rates["no grammar"], strict=True)]
-    print(f"| batch of {args.batch} | tokens/s | ratio | first request, tokens/s | ratio |")
+        turns = measure(llm, args.batch, args.tokens, args.rounds)
+    base = list(zip(*turns["no grammar"], strict=True))
+    print(f"| batch of {args.batch} | tokens/s | ratio | first request: ratio | idle, ms a step |")
     print("|---|---|---|---|---|")
-    for name, values in rates.items():
-        batch, first = (statistics.median(column) for column in zip(*values, strict=True))
+    for name, values in turns.items():
+        batch, first, idle = zip(*values, strict=True)
         print(
-            f"| {name} | {batch:.1f} | {batch / base[0]:.3f} "
-            f"| {first:.2f} | {first / base[1]:.3f} |"
+            f"| {name} | {statistics.median(batch):.1f} | {ratio(batch, base[0])} "
+            f"| {ratio(first, base[1])} | {statistics.median(idle):.2f} |"
         )
 
 

@@ -47,14 +47,10 @@ class Matcher:
         self.inner = inner
         self.num_tokens = 0  # of the output, seen so far
         self.error: str | None = None  # why it cannot go on
+        self.is_complete = False  # nothing may follow what came
         self.has_started = not grammar.start_after_tokens
         self._start_after = grammar.start_after_tokens
         self._recent: deque[int] = deque(maxlen=len(self._start_after))
-
-    @property
-    def is_complete(self) -> bool:
-        """True when nothing may follow what came."""
-        return self.has_started and self.error is None and self.inner.is_stopped()
 
     def advance(self, token: int) -> None:
         """Takes in the output's next token; one that is not allowed is an `error`."""
@@ -62,6 +58,8 @@ class Matcher:
         if self.has_started:
             if not self.inner.consume_token(token):
                 self.error = _reason(self.inner)
+            # Asked now: the next mask may fail, and then the inner one has stopped, too.
+            self.is_complete = self.error is None and self.inner.is_stopped()
             return
         self._recent.append(token)
         self.has_started = tuple(self._recent) == self._start_after

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from jaxserve.beam_search import Beam, BeamSearch, BeamSearchParams, Candidates
 from jaxserve.engine.request import Request, Update
@@ -102,6 +102,8 @@ def beam_generation(
     state: ServerState,
     body: GenerationFields,
     prompts: Sequence[Sequence[Request]],
+    *,
+    num_reasoning: Callable[[], int] | None = None,
 ) -> Generation:
     """Returns the generation of a request with `use_beam_search`. Raises `RequestError`."""
     _, info, _ = state.loaded()
@@ -114,7 +116,9 @@ def beam_generation(
         length_penalty=1.0 if body.length_penalty is None else body.length_penalty,
     )
     params.check_logprobs(info.max_logprobs)
-    return Generation(state, BeamUpdates(state, prompts, params), prompts)
+    return Generation(
+        state, BeamUpdates(state, prompts, params), prompts, num_reasoning=num_reasoning
+    )
 
 
 def _update_of(beam: Beam, sample: Request) -> Update:

@@ -31,10 +31,9 @@ _REFUSED: dict[str, tuple[Any, ...]] = {
     "n": (None, 1),
     "use_beam_search": (None, False),
     "echo": (None, False),
+    "tools": (None,),
     "prompt_logprobs": (None,),
     "return_prompt_text": (None, False),
-    "tools": (None,),
-    "tool_choice": (None, "none", "auto"),
 }
 
 
@@ -80,9 +79,14 @@ async def create_chat_batch(http: HttpRequest) -> Response:
             arrival_s=arrival_s,
         )
     )
+    _, _, text = state.loaded()
     readers = [reader for prompt in prompts for reader in prompt.reading.readers]
     reading = Reading(use=None, readers=readers)
-    generation = await start(state, [prompt.requests for prompt in prompts])
+    generation = await start(
+        state,
+        [prompt.requests for prompt in prompts],
+        num_reasoning=reading.num_reasoning if text.format.reasoning is not None else None,
+    )
     record_of(http.scope).generation = generation
     outcomes = await while_connected(http.receive, collect(generation))
     created = int(time.time())
@@ -103,7 +107,11 @@ async def create_chat_batch(http: HttpRequest) -> Response:
         for conversation, outcome in zip(bodies, outcomes, strict=True)
     ]
     choices = [reply.choices[0] for reply in replies]
-    return JSON(dataclasses.replace(replies[0], choices=choices, prompt_token_ids=None))
+    return JSON(
+        dataclasses.replace(
+            replies[0], choices=choices, usage=generation.usage, prompt_token_ids=None
+        )
+    )
 
 
 def _build(

@@ -96,15 +96,11 @@ async def converse(
         cuts=cuts,
     )
     _, _, text = state.loaded()
+    num_reasoning = prompt.reading.num_reasoning if text.format.reasoning is not None else None
     if body.use_beam_search:
-        generation = beam_generation(state, body, [prompt.requests])
+        generation = beam_generation(state, body, [prompt.requests], num_reasoning=num_reasoning)
     else:
-        has_reasoning = text.format.reasoning is not None
-        generation = await start(
-            state,
-            [prompt.requests],
-            num_reasoning=prompt.reading.num_reasoning if has_reasoning else None,
-        )
+        generation = await start(state, [prompt.requests], num_reasoning=num_reasoning)
     record_of(http.scope).generation = generation
     return Conversation(
         generation=generation,

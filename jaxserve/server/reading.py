@@ -43,9 +43,10 @@ def tool_use_of(body: ChatRequest, text: ModelText) -> ToolUse | None:
     use = tool_use(body.tools, body.tool_choice, body.parallel_tool_calls)
     if use is None or use.choice == "none":
         return use
-    template = text.chat_template.source if text.chat_template is not None else None
-    template = body.chat_template or template
-    if template is not None and "tools" not in template:
+    source = body.chat_template
+    if source is None and text.chat_template is not None:
+        source = text.chat_template.source
+    if source is not None and "tools" not in source:
         raise RequestError(
             "the model's chat template takes no tools; see --chat-template", param="tools"
         )
@@ -105,6 +106,8 @@ def constrained(
         after = text.format.tokens_before_answer(prompt, text.tokenizer, prefill)
         grammar = dataclasses.replace(given, start_after_tokens=after)
     elif use is not None and is_guaranteed:
+        if body.use_beam_search:
+            raise RequestError("beams cannot be held to tools", param="use_beam_search")
         grammar = _tool_grammar(use, text, prompt, prefill)
     if grammar is None:
         return list(requests)

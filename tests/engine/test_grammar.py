@@ -154,6 +154,7 @@ def test_a_grammar_that_explodes_later_ends_in_an_error_within_the_limits(compil
         started_s = time.monotonic()
         choices = allowed(matcher)
         assert time.monotonic() - started_s < 2
+        assert not matcher.is_complete
         matcher.advance(choices[0])
         if matcher.error:
             break
