@@ -223,6 +223,16 @@ def test_thinking_ends_when_its_budget_is_spent(server, http, tools, budget, tho
     assert reply["usage"]["completion_tokens_details"] == {"reasoning_tokens": budget}
 
 
+def test_the_form_of_an_answer_begins_after_the_thinking(server, http):
+    marks = reasoning.ReasoningFormat(
+        name="test", starts=("^",), ends=("!",), is_open_at_start=True
+    )
+    form = {"response_format": {"type": "json_object"}, "stop": None}
+    with formats(server, None, marks):
+        message = chat(http, "hm, {!{}", tools=None, **form)["choices"][0]["message"]
+    assert (message["reasoning"], message["content"]) == ("hm, {", "{}")
+
+
 def test_logprobs_and_token_ids_keep_all_tokens(http):
     text = f"<think>Hm</think>{CALL}"
     options = {"logprobs": True, "return_token_ids": True}
