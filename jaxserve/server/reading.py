@@ -74,7 +74,8 @@ def reading_of(
             prefill=prefill,
             max_calls=None if use is None else use.max_calls,
             has_reasoning=body.include_reasoning is not False,
-            only_marked=use is not None and use.is_guaranteed,
+            only_marked=use is not None
+            and (use.is_guaranteed or body.thinking_token_budget is not None),
         )
         for _ in range(num_samples)
     ]
@@ -88,53 +89,85 @@ def constrained(
     text: ModelText,
     prompt: str,  # as rendered
 ) -> list[Request]:
-    """Returns the requests with the grammar that their tools ask for.
+    """Returns the requests with the grammar that their tools and their thinking ask for.
 
-    One that the client asks for begins after the thinking. Raises `RequestError` if the calls
-    cannot be guaranteed.
+    One that the client asks for begins after the thinking. Raises `RequestError` for what cannot
+    be guaranteed.
     """
     given = requests[0].params.grammar
     prefill = _text_of(body.messages[-1]) if body.continue_final_message else None
-    grammar = None
-    is_guaranteed = use is not None and use.choice != "none" and use.is_guaranteed
     if given is not None:
-        if use is not None and is_guaranteed and use.choice != "auto":
-            raise RequestError(
-                "tool_choice and response_format both say what the answer must be",
-                param="tool_choice",
-            )
+        _check_alone(body, use)
         after = text.format.tokens_before_answer(prompt, text.tokenizer, prefill)
         grammar = dataclasses.replace(given, start_after_tokens=after)
-    elif use is not None and is_guaranteed:
+    else:
+        found = _grammar_of(body, use, text, prompt, prefill)
+        if found is None:
+            return list(requests)
         if body.use_beam_search:
-            raise RequestError("beams cannot be held to tools", param="use_beam_search")
-        grammar = _tool_grammar(use, text, prompt, prefill)
-    if grammar is None:
-        return list(requests)
+            raise RequestError(f"{found.param} does not go with beams", param="use_beam_search")
+        grammar = found
     return [
         dataclasses.replace(request, params=dataclasses.replace(request.params, grammar=grammar))
         for request in requests
     ]
 
 
-def _tool_grammar(use: ToolUse, text: ModelText, prompt: str, prefill: str | None) -> Grammar:
-    param = "tools" if use.choice == "auto" else "tool_choice"
-    source = text.format.grammar(
-        prompt,
-        use.callable,
-        text.tokenizer,
-        prefill=prefill,
-        is_free=use.choice == "auto",
-        max_calls=1 if isinstance(use.choice, Named) else use.max_calls,
-    )
-    if source is None:
-        what = "strict tools" if use.choice == "auto" else "a tool_choice other than auto and none"
+def _check_alone(body: ChatRequest, use: ToolUse | None) -> None:
+    """Raises `RequestError` for what a form of the client's own leaves no room for."""
+    if use is not None and use.choice not in ("auto", "none"):
         raise RequestError(
-            f"{what} cannot be guaranteed for a model with the tool call parser "
-            f"{text.format.tools_name}",
+            "tool_choice and response_format both say what the answer must be",
+            param="tool_choice",
+        )
+    if body.thinking_token_budget is not None:
+        raise RequestError(
+            "thinking_token_budget does not go with response_format and structured_outputs",
+            param="thinking_token_budget",
+        )
+
+
+def _grammar_of(
+    body: ChatRequest, use: ToolUse | None, text: ModelText, prompt: str, prefill: str | None
+) -> Grammar | None:
+    budget = body.thinking_token_budget
+    if budget is not None and text.format.is_thinking_over(prompt, prefill):
+        budget = None
+    is_guaranteed = use is not None and use.choice != "none" and use.is_guaranteed
+    param = "thinking_token_budget"
+    if use is not None and use.parsed is not None and (is_guaranteed or budget is not None):
+        source = text.format.grammar(
+            prompt,
+            use.callable,
+            text.tokenizer,
+            prefill=prefill,
+            is_free=use.choice == "auto",
+            max_calls=1 if isinstance(use.choice, Named) else use.max_calls,
+            budget=budget,
+        )
+        if is_guaranteed:
+            param = "tools" if use.choice == "auto" else "tool_choice"
+    elif budget is not None:
+        source = text.format.budget_grammar(prompt, budget, text.tokenizer, prefill)
+    else:
+        return None
+    if source is None:
+        raise RequestError(
+            f"{_asked(body, use)} cannot be guaranteed for a model with the tool call parser "
+            f"{text.format.tools_name} and the reasoning parser {text.format.reasoning_name}",
             param=param,
         )
     return Grammar(source=source, param=param)
+
+
+def _asked(body: ChatRequest, use: ToolUse | None) -> str:
+    """Returns what a grammar was wanted for."""
+    asked = []
+    if use is not None and use.choice != "none" and use.is_guaranteed:
+        asked.append("strict tools" if use.choice == "auto" else "tool_choice")
+    if body.thinking_token_budget is not None:
+        asked.append("thinking_token_budget")
+    return " with ".join(asked)
 
 
 def _text_of(message: dict[str, Any]) -> str:

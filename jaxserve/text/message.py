@@ -66,7 +66,7 @@ class MessageReader:
         self._source.feed(text, final=final)
         content: list[str] = []
         reasoning: list[str] = []
-        calls: dict[int, CallDelta] = {}
+        calls: dict[int, tuple[CallDelta, list[str]]] = {}  # with its arguments' pieces
         for piece in self._pieces:
             match piece:
                 case None:
@@ -87,7 +87,9 @@ class MessageReader:
         return Said(
             content="".join(content),
             reasoning="".join(reasoning) if self._has_reasoning else "",
-            calls=tuple(calls.values()),
+            calls=tuple(
+                delta._replace(arguments="".join(parts)) for delta, parts in calls.values()
+            ),
         )
 
     @property
@@ -115,15 +117,19 @@ class MessageReader:
             start, _ = spans.pop()
         spans.append((start, end))
 
-    def _add_call(self, piece: CallStart | Arguments, calls: dict[int, CallDelta]) -> None:
-        if self._max_calls is not None and piece.number >= self._max_calls:
+    def _add_call(
+        self, piece: CallStart | Arguments, calls: dict[int, tuple[CallDelta, list[str]]]
+    ) -> None:
+        number = piece.number
+        if self._max_calls is not None and number >= self._max_calls:
             return
         if isinstance(piece, CallStart):
             self.num_calls += 1
-            calls[piece.number] = CallDelta(piece.number, id=self._new_id(), name=piece.name)
+            calls[number] = (CallDelta(number, id=self._new_id(), name=piece.name), [])
             return
-        delta = calls.get(piece.number) or CallDelta(piece.number)
-        calls[piece.number] = delta._replace(arguments=delta.arguments + piece.text)
+        if number not in calls:
+            calls[number] = (CallDelta(number), [])
+        calls[number][1].append(piece.text)
 
 
 class _Content:

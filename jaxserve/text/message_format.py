@@ -5,6 +5,7 @@ Host only: imports no jax.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TypeVar
@@ -15,7 +16,7 @@ from jaxserve.text.reasoning import ReasoningFormat, State, state_after, thinkin
 from jaxserve.text.source import Content, Parse, Source
 from jaxserve.text.tokenizer import Tokenizer
 from jaxserve.text.tool_parsers import ToolFormat, harmony
-from jaxserve.text.tool_parsers.grammar import Surface, Thinking, call_grammar
+from jaxserve.text.tool_parsers.grammar import Surface, Thinking, call_grammar, text_grammar
 from jaxserve.text.tool_parsers.tools import Tools
 
 T = TypeVar("T")
@@ -42,6 +43,11 @@ class MessageFormat:
     def reasoning_name(self) -> str:
         """The name of the reasoning format, or none."""
         return "none" if self.reasoning is None else self.reasoning.name
+
+    @property
+    def thinking_marks(self) -> tuple[str, ...]:
+        """Tokens that grammars must be able to tell from text, whatever the tokenizer says."""
+        return () if self.reasoning is None else self.reasoning.marks
 
     def marks_for(self, *, has_tools: bool) -> tuple[str, ...]:
         """Returns the special tokens that must be part of the text."""
@@ -84,23 +90,61 @@ class MessageFormat:
         prefill: str | None = None,
         is_free: bool = False,  # there need be no call; those that there are must fit
         max_calls: int | None = None,
+        budget: int | None = None,  # of tokens to think
     ) -> str | None:
         """Returns the grammar of answers whose calls fit their tools' schemas.
 
         None if this format has no form that a grammar could hold the model to.
         """
         surface = self._surface(tokenizer, is_free)
-        if surface is None or tokenizer.pieces is None:
+        thinking = self._thinking(prompt, prefill, budget)
+        is_unlimited = budget is not None and thinking is None
+        if surface is None or is_unlimited or not self._can_constrain(tokenizer, thinking):
             return None
         return call_grammar(
             surface,
             tools,
-            special_id=lambda mark: _special_id(tokenizer, mark),
+            special_id=lambda mark: self._special_id(tokenizer, mark),
             marks=self.marks_for(has_tools=True),
-            thinking=self._thinking(prompt, prefill),
+            thinking=thinking,
             is_free=is_free,
             max_calls=max_calls,
         )
+
+    def budget_grammar(
+        self, prompt: str, budget: int, tokenizer: Tokenizer, prefill: str | None = None
+    ) -> str | None:
+        """Returns the grammar of any answer that thinks for so many tokens at most.
+
+        None if the thinking's end is no single token, or nothing is known of any thinking.
+        """
+        thinking = self._thinking(prompt, prefill, budget)
+        if thinking is None or not self._can_constrain(tokenizer, thinking):
+            return None
+        return text_grammar(
+            thinking,
+            special_id=lambda mark: self._special_id(tokenizer, mark),
+            marks=self.thinking_marks,
+        )
+
+    def is_thinking_over(self, prompt: str, prefill: str | None = None) -> bool:
+        """True if the prompt says that no thinking comes."""
+        format = self.reasoning
+        if format is None or format is reasoning.HARMONY:
+            return False
+        return state_after(format, prompt, prefill) == "closed"
+
+    def _can_constrain(self, tokenizer: Tokenizer, thinking: Thinking | None) -> bool:
+        if tokenizer.pieces is None:
+            return False
+        if thinking is None or thinking.budget is None:
+            return True
+        return self._special_id(tokenizer, thinking.ends[0]) is not None
+
+    def _special_id(self, tokenizer: Tokenizer, mark: str) -> int | None:
+        token = tokenizer.token_of(mark)
+        is_special = token in tokenizer.special_ids or mark in self.thinking_marks
+        return token if is_special else None
 
     def _surface(self, tokenizer: Tokenizer, is_free: bool) -> Surface | None:
         for surface in () if self.tools is None else self.tools.surfaces:
@@ -109,13 +153,13 @@ class MessageFormat:
                 return surface
         return None
 
-    def _thinking(self, prompt: str, prefill: str | None) -> Thinking | None:
+    def _thinking(self, prompt: str, prefill: str | None, budget: int | None) -> Thinking | None:
         """Returns what thinking an answer may or must begin with."""
         format = self.reasoning
         if format is None:
             return None
         if format is reasoning.HARMONY:
-            return HARMONY_THINKING
+            return dataclasses.replace(HARMONY_THINKING, budget=budget)
         state = state_after(format, prompt, prefill)
         if state == "closed":
             return None
@@ -125,6 +169,7 @@ class MessageFormat:
             ends=format.ends,
             is_start_certain=not is_open,
             is_certain=is_open,
+            budget=budget,
         )
 
     def tokens_before_answer(
@@ -136,7 +181,7 @@ class MessageFormat:
             return ()
         if format is reasoning.HARMONY:
             marks = harmony.CHANNEL, harmony.MESSAGE
-            channel, message = (_special_id(tokenizer, mark) for mark in marks)
+            channel, message = (self._special_id(tokenizer, mark) for mark in marks)
             final = tokenizer.encode("final", add_special_tokens=False)
             return () if channel is None or message is None else (channel, *final, message)
         state = state_after(format, prompt, prefill)
@@ -183,11 +228,6 @@ def message_format(
         tools=_chosen(tool_call_parser, tool_parsers.FORMATS, tool_parsers.format_of(source)),
         reasoning=_chosen(reasoning_parser, reasoning.FORMATS, reasoning.format_of(source)),
     )
-
-
-def _special_id(tokenizer: Tokenizer, mark: str) -> int | None:
-    token = tokenizer.token_of(mark)
-    return token if token in tokenizer.special_ids else None
 
 
 def _chosen(name: str, known: Mapping[str, T], fitting: T | None) -> T | None:

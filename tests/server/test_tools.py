@@ -5,6 +5,8 @@ The echo answers with its prompt: what a test puts into the conversation is what
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import json
 
 import httpx2
@@ -40,19 +42,26 @@ TEMPLATE = (
 
 @pytest.fixture(scope="module")
 def server():
-    with EchoServer(max_model_len=1024) as server:
-        server.state.text = _with(server, tool_parsers.HERMES, reasoning.QWEN_3)
+    with (
+        EchoServer(max_model_len=1024) as server,
+        formats(server, tool_parsers.HERMES, reasoning.QWEN_3),
+    ):
         yield server
 
 
-def _with(server, tools, thoughts):
-    import dataclasses
-
-    return dataclasses.replace(
-        server.state.text,
+@contextlib.contextmanager
+def formats(server, tools, thoughts):
+    """Lets the model's formats be others for a while."""
+    known = server.state.text
+    server.state.text = dataclasses.replace(
+        known,
         chat_template=ChatTemplate(TEMPLATE),
         format=MessageFormat(tools=tools, reasoning=thoughts),
     )
+    try:
+        yield
+    finally:
+        server.state.text = known
 
 
 @pytest.fixture(scope="module")
@@ -196,6 +205,34 @@ def test_reasoning_can_be_left_out(http):
     assert (message["reasoning"], message["content"]) == (None, "Hi")
 
 
+@pytest.mark.parametrize("tools", [None, [WEATHER]])
+@pytest.mark.parametrize(
+    ("budget", "thought", "content"),
+    [(0, None, "cdefgh"), (4, "abcd", "fgh")],  # less the letters in whose place marks came
+)
+def test_thinking_ends_when_its_budget_is_spent(server, http, tools, budget, thought, content):
+    # The echo's tokenizer has these as single tokens.
+    marks = reasoning.ReasoningFormat(
+        name="test", starts=("<|user|>",), ends=("<|end|>",), is_open_at_start=True
+    )
+    asked = {"tools": tools, "thinking_token_budget": budget, "stop": None, "max_tokens": 8}
+    with formats(server, tool_parsers.HERMES, marks):
+        reply = chat(http, "abcdefgh", **asked)
+    message = reply["choices"][0]["message"]
+    assert (message["reasoning"], message["content"]) == (thought, content)
+    assert reply["usage"]["completion_tokens_details"] == {"reasoning_tokens": budget}
+
+
+def test_the_form_of_an_answer_begins_after_the_thinking(server, http):
+    marks = reasoning.ReasoningFormat(
+        name="test", starts=("^",), ends=("!",), is_open_at_start=True
+    )
+    form = {"response_format": {"type": "json_object"}, "stop": None}
+    with formats(server, None, marks):
+        message = chat(http, "hm, {!{}", tools=None, **form)["choices"][0]["message"]
+    assert (message["reasoning"], message["content"]) == ("hm, {", "{}")
+
+
 def test_logprobs_and_token_ids_keep_all_tokens(http):
     text = f"<think>Hm</think>{CALL}"
     options = {"logprobs": True, "return_token_ids": True}
@@ -251,7 +288,8 @@ def tool(**function):
             "response_format",
         ),
         ({"functions": [{"name": "f"}]}, "functions", ""),
-        ({"thinking_token_budget": 5}, "thinking_token_budget", ""),
+        ({"thinking_token_budget": 5}, "thinking_token_budget", "qwen3"),
+        ({"thinking_token_budget": -1}, "thinking_token_budget", "-1"),
         ({"reasoning_effort": "huge"}, "reasoning_effort", ""),
     ],
 )
@@ -263,17 +301,18 @@ def test_what_cannot_be_honoured_is_refused_by_name(http, body, param, part):
     assert part in error["message"]
 
 
-def test_a_model_without_a_form_for_calls_is_told_of_the_option(server, http):
-    known = server.state.text
-    for tools, options, part in (
+@pytest.mark.parametrize(
+    ("format", "options", "part"),
+    [
         (None, {}, "--tool-call-parser"),
         (tool_parsers.PYTHONIC, {"tool_choice": "required"}, "pythonic"),
-    ):
-        server.state.text = _with(server, tools, None)
+    ],
+)
+def test_a_model_without_a_form_for_calls_is_refused(server, http, format, options, part):
+    with formats(server, format, None):
         response = http.post("/v1/chat/completions", json=says("Hi", **options))
-        assert response.status_code == 400
-        assert part in response.json()["error"]["message"]
-    server.state.text = known
+    assert response.status_code == 400
+    assert part in response.json()["error"]["message"]
 
 
 def test_the_models_list_tells_the_parsers(http):

@@ -43,6 +43,16 @@ def test_special_marks_stand_in_grammars_by_their_ids():
     assert format.grammar("a<|user|>b<|end|>", TOOLS, BYTES) != held
 
 
+def test_a_budget_needs_an_end_that_is_one_token():
+    assert MessageFormat(reasoning=THOUGHTS).budget_grammar("", 5, BYTES) is not None
+    for thoughts in (reasoning.QWEN_3, reasoning.GRANITE, reasoning.HARMONY, None):
+        format = MessageFormat(tools=tool_parsers.HERMES, reasoning=thoughts)
+        assert format.budget_grammar("", 5, BYTES) is None
+        assert format.grammar("", TOOLS, BYTES, budget=5) is None
+    assert MessageFormat(reasoning=THOUGHTS).is_thinking_over("a<|user|><|end|>")
+    assert not MessageFormat(reasoning=THOUGHTS).is_thinking_over("a<|user|>")
+
+
 def test_forms_without_a_grammar_have_none():
     for format in (tool_parsers.PYTHONIC, tool_parsers.GEMMA_4):
         assert MessageFormat(tools=format).grammar("", TOOLS, BYTES) is None

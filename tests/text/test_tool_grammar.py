@@ -6,12 +6,15 @@ import pytest
 
 from jaxserve.engine.grammar import GrammarCompiler
 from jaxserve.structured_outputs import Grammar
-from jaxserve.text import tool_parsers
+from jaxserve.text import reasoning, tool_parsers
 from jaxserve.text.grammar import vocabulary_of
+from jaxserve.text.message_format import MessageFormat
+from jaxserve.text.tokenizer import Tokenizer
 from jaxserve.text.tool_parsers import grammar
 from jaxserve.text.tool_parsers.grammar import Surface, Thinking, call_grammar
 from tests.fakes import byte_tokenizer
 from tests.text.reading import TOOLS, calls_in, read, reader
+from tests.text.small_tokenizers import byte_level
 
 ROME = ("weather", {"city": "Rome", "days": 3})
 SURFACES = {
@@ -155,6 +158,32 @@ def test_marks_that_are_special_tokens_go_by_their_ids(compiler):
     tokens = [end, *b"Hm", user, *b"Hi", user, *b"now:{}", end, *b"bye"]
     assert matcher.validate_tokens(tokens) == len(tokens)
     assert matcher.validate_tokens([end, user, user, *b"then"]) == 3
+
+
+def test_thinking_ends_after_its_budget_although_its_mark_is_no_special_token():
+    backend = byte_level()
+    backend.add_tokens(["</think>"])
+    tokenizer = Tokenizer(backend, special_tokens={"eos_token": "</s>"})
+    end, eos = tokenizer.token_of("</think>"), tokenizer.token_of("</s>")
+    assert end is not None and end not in tokenizer.special_ids
+    vocabulary = vocabulary_of(tokenizer, ["</think>"])
+    compiler = GrammarCompiler(vocabulary, vocab_size=end + 1, eos_tokens=(eos,))
+    a = tokenizer.token_of("a")
+    format = MessageFormat(reasoning=reasoning.QWEN_3)
+    source = format.budget_grammar("<think>\n", 3, tokenizer)
+    for tokens, is_allowed in (
+        ([a, a, a, end, a, a, a, a], True),
+        ([a, end, a, a, a, a], True),
+        ([a, a, a, a], False),
+        ([end, end], False),
+    ):
+        matcher = compiler.matcher_for(Grammar(source=source)).inner
+        # One by one, as the engine does: the budget counts tokens that have been consumed.
+        allowed = [
+            matcher.validate_tokens([token]) and matcher.consume_token(token) for token in tokens
+        ]
+        assert all(allowed) is is_allowed
+    compiler.close()
 
 
 def test_schemas_with_definitions_keep_them(compiler):

@@ -268,6 +268,7 @@ def test_only_the_first_call_is_kept_when_no_more_are_wanted():
         ("hermes", "<tool_call>{"),
         ("hermes", '<tool_call>{"name": "now", "arguments": {"a": ['),
         ("hermes", "<tool_call>" + " " * 50),
+        ("hermes", '<tool_call>{"name": "now", "arguments": {"a": \''),
         ("qwen3_coder", "<function=now><parameter=days>["),
         ("llama3_json", '<|python_tag|>{"a": [[{'),
         ("pythonic", "[weather(city=[["),
@@ -277,15 +278,16 @@ def test_only_the_first_call_is_kept_when_no_more_are_wanted():
         ("deepseek_v3", "<｜tool▁call▁begin｜>function<｜tool▁sep｜>now\n```json\n{"),
     ],
 )
-def test_hostile_text_takes_time_in_proportion_to_its_length(name, unit):
+@pytest.mark.parametrize("step", [4, 10**6])
+def test_hostile_text_takes_time_in_proportion_to_its_length(name, unit, step):
     def seconds(num_chars):
         text = unit * (num_chars // len(unit))
         start = time.process_time()
-        read(reader(name), [text[i : i + 4] for i in range(0, len(text), 4)])
+        read(reader(name), [text[i : i + step] for i in range(0, len(text), step)])
         return time.process_time() - start
 
     seconds(1000)
-    assert seconds(32_000) < 12 * max(seconds(8_000), 0.02)
+    assert seconds(16_000) < 12 * max(seconds(4_000), 0.01)
 
 
 @pytest.mark.parametrize(

@@ -41,6 +41,7 @@ class ChatRequest(GenerationFields, kw_only=True):
     parallel_tool_calls: bool | None = None
     reasoning_effort: Effort | None = None
     include_reasoning: bool | None = None
+    thinking_token_budget: int | None = None
     functions: Any = msgspec.UNSET
     function_call: Any = msgspec.UNSET
     chat_template: str | None = None
@@ -58,6 +59,12 @@ class ChatRequest(GenerationFields, kw_only=True):
         check_fields(self, UNSUPPORTED_IN_CHAT)
         if self.top_logprobs is not None and not self.logprobs:
             raise RequestError("top_logprobs needs logprobs: true", param="top_logprobs")
+        budget = self.thinking_token_budget
+        if budget is not None and not 0 <= budget < 2**31:
+            raise RequestError(
+                f"thinking_token_budget is {budget}; it must be in [0, {2**31 - 1}]",
+                param="thinking_token_budget",
+            )
         if self.continue_final_message and self.add_generation_prompt is not False:
             raise RequestError(
                 "continue_final_message needs add_generation_prompt: false",

@@ -54,7 +54,6 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "guided_decoding_backend": (None,),
     "best_of": (None, 1),
     "prompt_logprob_token_ids": (None, []),
-    "thinking_token_budget": (None,),
     "watermarking": (None,),
     "kv_transfer_params": (None,),
     "ec_transfer_params": (None,),
@@ -123,7 +122,6 @@ class GenerationFields(msgspec.Struct, kw_only=True):
     logprob_token_ids: list[int] | None = None
     prompt_logprob_token_ids: Any = msgspec.UNSET
     stream_interval: int | None = None
-    thinking_token_budget: Any = msgspec.UNSET
     repetition_detection: RepetitionDetection | None = None
     watermarking: Any = msgspec.UNSET
     kv_transfer_params: Any = msgspec.UNSET

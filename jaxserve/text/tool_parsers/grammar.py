@@ -137,6 +137,13 @@ def call_grammar(
     return "\n".join([f"start: {begin}(head {unit})* TEXT", *rules])
 
 
+def text_grammar(thinking: Thinking, *, special_id: SpecialId, marks: Sequence[str]) -> str:
+    """Returns the grammar of any text behind the thinking, which its marks tell from it."""
+    begin = "thinking" if thinking.is_certain else "thinking?"
+    rules = thinking.rules(_Literals(special_id, marks))
+    return "\n".join([f"start: {begin} TEXT", _TEXT, *rules])
+
+
 @dataclass(frozen=True, kw_only=True)
 class Thinking:
     """What stands before the calls: thinking between marks."""
@@ -145,13 +152,23 @@ class Thinking:
     ends: tuple[str, ...]
     is_start_certain: bool = True
     is_certain: bool = False  # it comes in any case
+    budget: int | None = None  # tokens at most, which needs an end that is a special token
 
     def rules(self, literal: _Literals) -> list[str]:
         """Returns the rules of `thinking`."""
         start = literal(self.start)
         if start and not self.is_start_certain:
             start = f"({start})?"
-        return [f"thinking: {start} thoughts", literal.text_to("thoughts", *self.ends)]
+        rules = [f"thinking: {start} thoughts"]
+        if self.budget is None:
+            return [*rules, literal.text_to("thoughts", *self.ends)]
+        if self.budget == 0:
+            return [*rules, f"thoughts: {literal(self.ends[0])}"]
+        return [
+            *rules,
+            f"thoughts: limited {literal(self.ends[0])}",
+            f"limited[max_tokens={self.budget}]: TEXT",
+        ]
 
 
 class _Literals:
