@@ -102,6 +102,33 @@ class ServerConfig:
     api_key: tuple[str, ...] = option((), "key that clients must bring (or JAXSERVE_API_KEY)")
     served_model_name: tuple[str, ...] = option((), "name clients use; the first is returned")
     chat_template: str = option("", "file or text of a chat template, over the model's own")
+    tool_call_parser: Literal[
+        "auto",
+        "none",
+        "hermes",
+        "qwen3_json",
+        "qwen3_xml",
+        "qwen3_coder",
+        "llama3_json",
+        "mistral",
+        "pythonic",
+        "gemma4",
+        "functiongemma",
+        "deepseek_v3",
+        "deepseek_v31",
+        "openai",
+    ] = option("auto", "how the model writes tool calls; `auto` asks its chat template")
+    reasoning_parser: Literal[
+        "auto",
+        "none",
+        "deepseek_r1",
+        "deepseek_v3",
+        "qwen3",
+        "glm45",
+        "granite",
+        "gemma4",
+        "openai_gptoss",
+    ] = option("auto", "how the model marks its thinking; `auto` asks its chat template")
     trust_request_chat_template: bool = option(
         False, "take chat templates from requests; each is rendered in a process with limits"
     )
@@ -117,6 +144,12 @@ class ServerConfig:
     header_timeout_s: float = option(10.0, "time for request headers to arrive", low=0.01)
     shutdown_timeout: float = option(
         30.0, "seconds running requests get to finish on SIGTERM", low=0.0
+    )
+    max_stored_responses: int = option(
+        1024, "responses kept for /v1/responses/ID and previous_response_id; 0 keeps none", low=0
+    )
+    max_stored_response_bytes: int = option(
+        64 * 2**20, "memory for stored responses, e.g. `64MiB`; those used last are kept", low=1
     )
     enable_prompt_tokens_details: bool = option(False, "report cached prompt tokens in usage")
     enable_force_include_usage: bool = option(

@@ -218,6 +218,7 @@ class Delta(NamedTuple):
     stop_reason: str | int | None = None  # stop string or stop token; None for EOS and length
     num_cached_tokens: int = 0
     must_abort: bool = False  # a stop string ended it: the engine does not know yet
+    offsets: tuple[int, ...] = ()  # where each shown token starts, in characters of the answer
 
 
 class Assembler:
@@ -243,6 +244,7 @@ class Assembler:
                 include_stop=params.include_stop_str_in_output,
                 min_tokens=params.min_tokens,
                 skip_special_tokens=params.skip_special_tokens,
+                shown_special_tokens=params.shown_special_tokens,
                 spaces_between_special_tokens=params.spaces_between_special_tokens,
             )
 
@@ -275,6 +277,7 @@ class Assembler:
             stop_reason=update.stop_token if text.stop is None else text.stop,
             num_cached_tokens=update.num_cached_tokens,
             must_abort=self.is_finished and update.finish_reason in (None, "repetition"),
+            offsets=text.offsets,
         )
 
     def _text_of(self, tokens: Sequence[int], final: bool) -> TextDelta:

@@ -218,6 +218,9 @@ def _allowed(matcher: Matcher, token: int) -> int:
 
     The matcher has seen it.
     """
+    if not matcher.has_started:
+        matcher.advance(token)
+        return token
     mask = np.zeros((1, 9), np.int32)
     fill_next_token_bitmask_par(LLExecutor(1), [(matcher.inner, 0)], mask)
     allowed = np.flatnonzero(np.unpackbits(mask.view(np.uint8), bitorder="little"))

@@ -221,6 +221,18 @@ def test_chat_takes_another_template(engines):
     assert output.prompt == "happy: hi"
 
 
+def test_chat_renders_tools(engines):
+    tool = {"type": "function", "function": {"name": "weather"}}
+    with LLM() as llm:
+        [output] = llm.chat(
+            [{"role": "user", "content": "hi"}],
+            use_tqdm=False,
+            chat_template="{{ tools[0].function.name }}: {{ messages[0].content }}",
+            tools=[tool],
+        )
+    assert output.prompt == "weather: hi"
+
+
 def test_the_models_defaults_apply_where_no_params_are_given(engines):
     with LLM() as llm:
         assert llm.get_default_sampling_params().max_tokens == 3

@@ -65,6 +65,8 @@ class SamplingParams:
     detokenize: bool = True
     skip_special_tokens: bool = True
     spaces_between_special_tokens: bool = True
+    # Special tokens that are text although `skip_special_tokens` hides others: marks of calls.
+    shown_special_tokens: tuple[str, ...] = ()
     repetition_detection: RepetitionDetection | None = None
 
     def __post_init__(self) -> None:
@@ -76,6 +78,7 @@ class SamplingParams:
         object.__setattr__(
             self, "logprob_token_ids", tuple(dict.fromkeys(self.logprob_token_ids or ()))
         )
+        object.__setattr__(self, "shown_special_tokens", tuple(self.shown_special_tokens))
         if self.allowed_token_ids is not None:
             object.__setattr__(self, "allowed_token_ids", tuple(self.allowed_token_ids))
         _check_numbers(self)

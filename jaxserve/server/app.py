@@ -31,12 +31,16 @@ from jaxserve.server import (
     health,
     invocations,
     limits,
+    messages,
     models,
     openapi,
+    responses,
     tokenization,
 )
 from jaxserve.server.events import JSON, error_body
+from jaxserve.server.message_errors import PATHS, message_error_body
 from jaxserve.server.request_log import RequestRecord, log_request, open_record, recording_send
+from jaxserve.server.response_store import ResponseStore
 from jaxserve.server.state import ServerState
 
 RETRY_AFTER_S = 1
@@ -54,6 +58,14 @@ def http_app(state: ServerState, lifespan: Lifespan[Starlette] | None = None) ->
             Route("/v1/completions", completions.create_completion, methods=["POST"]),
             Route("/v1/chat/completions", chat.create_chat_completion, methods=["POST"]),
             Route("/v1/chat/completions/batch", chat_batch.create_chat_batch, methods=["POST"]),
+            Route("/v1/responses", responses.create_response, methods=["POST"]),
+            Route("/v1/responses/{response_id}", responses.get_response, methods=["GET"]),
+            Route("/v1/responses/{response_id}", responses.delete_response, methods=["DELETE"]),
+            Route(
+                "/v1/responses/{response_id}/cancel", responses.cancel_response, methods=["POST"]
+            ),
+            Route("/v1/messages", messages.create_message, methods=["POST"]),
+            Route("/v1/messages/count_tokens", messages.count_message_tokens, methods=["POST"]),
             Route("/invocations", invocations.invoke, methods=["POST"]),
             Route("/tokenize", tokenization.tokenize, methods=["POST"]),
             Route("/detokenize", tokenization.detokenize, methods=["POST"]),
@@ -78,6 +90,10 @@ def http_app(state: ServerState, lifespan: Lifespan[Starlette] | None = None) ->
     )
     app.router.redirect_slashes = False
     app.state.server = state
+    config = state.config
+    app.state.responses = ResponseStore(
+        config.max_stored_responses, config.max_stored_response_bytes
+    )
     return app
 
 
@@ -130,15 +146,15 @@ class Door:
             if scope["path"] not in ALWAYS_SERVED:
                 self._state.check_ready()
         except JaxserveError as error:
-            await render_error(error)(scope, receive, send)
+            await render_error(error, scope["path"])(scope, receive, send)
             return
         body = limits.LimitedBody(receive, config.max_body_bytes, config.body_timeout_s)
         with self._state.running():
             await self._app(scope, body, send)
 
 
-def render_error(error: Exception) -> Response:
-    """Returns the one form that every error takes in HTTP."""
+def render_error(error: Exception, path: str) -> Response:
+    """Returns the form that an error takes in HTTP: OpenAI's, but on Anthropic's paths."""
     headers: dict[str, str] = {}
     if isinstance(error, ClientDisconnect):
         return Response(status_code=499)  # nobody reads it; the status is for the log
@@ -147,15 +163,16 @@ def render_error(error: Exception) -> Response:
     if isinstance(error, AuthenticationError):
         headers["www-authenticate"] = "Bearer"
     status = error.status if isinstance(error, JaxserveError) else 500
-    return JSON({"error": error_body(error)}, status_code=status, headers=headers)
+    body = message_error_body(error) if path in PATHS else {"error": error_body(error)}
+    return JSON(body, status_code=status, headers=headers)
 
 
 async def _on_error(http: HttpRequest, error: Exception) -> Response:
     if isinstance(error, QueueFull):
         http.app.state.server.metrics.num_rejected["max_num_queued_reqs"] += 1
     if not isinstance(error, HTTPException):
-        return render_error(error)
-    response = render_error(_http_error(http, error))
+        return render_error(error, http.scope["path"])
+    response = render_error(_http_error(http, error), http.scope["path"])
     response.headers.update(error.headers or {})
     return response
 

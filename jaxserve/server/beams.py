@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from jaxserve.beam_search import Beam, BeamSearch, BeamSearchParams, Candidates
 from jaxserve.engine.request import Request, Update
@@ -104,17 +104,20 @@ async def admit(
     prompts: Sequence[Sequence[Request]],
     *,
     is_echo_only: bool = False,  # the client asked for no token
+    num_reasoning: Callable[[], int] | None = None,
 ) -> Generation:
     """Returns the generation of all requests: a beam search, where the body asks for one."""
     if body.use_beam_search:
-        return _beam_generation(state, body, prompts)
-    return await start(state, prompts, is_echo_only=is_echo_only)
+        return _beam_generation(state, body, prompts, num_reasoning=num_reasoning)
+    return await start(state, prompts, is_echo_only=is_echo_only, num_reasoning=num_reasoning)
 
 
 def _beam_generation(
     state: ServerState,
     body: GenerationFields,
     prompts: Sequence[Sequence[Request]],
+    *,
+    num_reasoning: Callable[[], int] | None = None,
 ) -> Generation:
     _, info, _ = state.loaded()
     asked = prompts[0][0].params
@@ -126,7 +129,9 @@ def _beam_generation(
         length_penalty=1.0 if body.length_penalty is None else body.length_penalty,
     )
     params.check_logprobs(info.max_logprobs)
-    return Generation(state, BeamUpdates(state, prompts, params), prompts)
+    return Generation(
+        state, BeamUpdates(state, prompts, params), prompts, num_reasoning=num_reasoning
+    )
 
 
 def _update_of(beam: Beam, sample: Request) -> Update:

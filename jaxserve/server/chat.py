@@ -5,32 +5,24 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import msgspec
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
-from jaxserve.engine.request import Request, SamplingParams
-from jaxserve.errors import PromptTooLong
-from jaxserve.generation import Delta, PositionLogprobs, TokenText, build_requests
-from jaxserve.server.beams import admit
+from jaxserve.generation import Delta, PositionLogprobs, TokenText
 from jaxserve.server.body import read_body
 from jaxserve.server.chunks import ChunkWriter
+from jaxserve.server.conversation import converse
 from jaxserve.server.events import JSON, EventStream, while_connected
 from jaxserve.server.generate import (
     Generation,
     Outcome,
     Sample,
     arrival,
-    check_length,
     collect,
-    engine_id,
     finite,
-    off_loop,
-    params_named,
-    priority_of,
     prompt_logprobs_body,
     shown,
     token_name,
@@ -40,17 +32,14 @@ from jaxserve.server.protocol.chat import (
     ChatChoice,
     ChatCompletion,
     ChatLogprobs,
-    ChatMessage,
     ChatRequest,
     TokenLogprob,
     TopLogprob,
 )
-from jaxserve.server.protocol.common import StreamOptions, sampling_params, stream_options
-from jaxserve.server.request_log import record_of
+from jaxserve.server.protocol.common import StreamOptions, stream_options
+from jaxserve.server.protocol.tools import delta_body, message_body
+from jaxserve.server.reading import Reading
 from jaxserve.server.state import ServerState
-from jaxserve.server.templates import template_for
-from jaxserve.server.truncation import truncation_for
-from jaxserve.text.chat_template import encode_chat
 
 _decoder = msgspec.json.Decoder(ChatRequest)
 
@@ -65,6 +54,7 @@ class Reply:
     role: str
     body: ChatRequest
     generation: Generation
+    reading: Reading
     stream_interval: int = 1
     stream_options: StreamOptions = field(default_factory=StreamOptions)
     echoed: str = ""  # goes before each answer
@@ -77,37 +67,21 @@ async def create_chat_completion(http: HttpRequest) -> Response:
     body = await read_body(http, _decoder)
     reply_id, arrival_s = arrival(http, body, "chatcmpl-")
     model = state.model_name_for(body.model)
-    body.check()
-    messages = body.conversation()
-    params = params_of(body, state)
-    prompt_text, requests = await off_loop(
-        partial(
-            build,
-            body,
-            messages,
-            params,
-            engine_id(reply_id),
-            state,
-            priority=priority_of(http, body),
-            arrival_s=arrival_s,
-        ),
-        sum(_num_chars(message) for message in messages),
-        is_slow=body.chat_template is not None,  # waits for a process
-    )
+    conversation = await converse(http, body, reply_id=reply_id, arrival_s=arrival_s)
     role = role_of(body, state)
     reply = Reply(
         id=reply_id,
         created=int(time.time()),
         model=model,
         role=role,
-        echoed=_last_text(messages[-1], role) if body.echo else "",
-        prompt_text=prompt_text if body.return_prompt_text else None,
+        echoed=_last_text(body.messages[-1], role) if body.echo else "",
+        prompt_text=conversation.prompt_text if body.return_prompt_text else None,
         body=body,
-        generation=await admit(state, body, [requests]),
-        stream_interval=body.stream_interval or state.config.stream_interval,
+        generation=conversation.generation,
+        reading=conversation.reading,
+        stream_interval=conversation.stream_interval,
         stream_options=stream_options(body, forces_usage=state.config.enable_force_include_usage),
     )
-    record_of(http.scope).generation = reply.generation
     if body.stream:
         chunks = _chunk_writer(reply)
         return EventStream(
@@ -116,66 +90,6 @@ async def create_chat_completion(http: HttpRequest) -> Response:
         )
     outcomes = await while_connected(http.receive, collect(reply.generation))
     return JSON(completion(reply, outcomes))
-
-
-def params_of(body: ChatRequest, state: ServerState) -> SamplingParams:
-    """Returns the sampling parameters, over the model's defaults. Raises `RequestError`."""
-    _, _, text = state.loaded()
-    given: dict[str, Any] = {"max_tokens": text.defaults.get("max_tokens")}
-    names = {"logprobs": "top_logprobs"}
-    if body.max_completion_tokens is not None:
-        given["max_tokens"] = body.max_completion_tokens
-        names["max_tokens"] = "max_completion_tokens"
-    elif body.max_tokens is not None:
-        given["max_tokens"] = body.max_tokens
-    if body.logprobs:
-        given["logprobs"] = body.top_logprobs or 0
-    with params_named(names):
-        return sampling_params(body, text.defaults, prompt_logprobs=body.prompt_logprobs, **given)
-
-
-def build(
-    body: ChatRequest,
-    messages: Sequence[dict[str, Any]],
-    params: SamplingParams,
-    request_id: str,
-    state: ServerState,
-    *,
-    priority: int,
-    arrival_s: float,
-) -> tuple[str, list[Request]]:
-    """Returns the prompt's text and the requests of all samples."""
-    _, info, text = state.loaded()
-    truncation = truncation_for(body, params.max_tokens, info.max_model_len)
-    for message in messages:
-        if isinstance(content := message.get("content"), str) and truncation is None:
-            check_length(content, text.tokenizer, info.max_model_len, "messages")
-    prompt = encode_chat(
-        template_for(body.chat_template, state),
-        text.tokenizer,
-        messages,
-        documents=body.documents,
-        add_generation_prompt=body.add_generation_prompt is not False,
-        continue_final_message=bool(body.continue_final_message),
-        variables=body.chat_template_kwargs,
-        add_special_tokens=bool(body.add_special_tokens),
-    )
-    tokens = prompt.tokens if truncation is None else truncation.cut(prompt.tokens)
-    if len(tokens) >= info.max_model_len:
-        raise PromptTooLong(len(tokens), info.max_model_len, param="messages")
-    is_completion = body.max_completion_tokens is not None
-    names = {"logprobs": "top_logprobs", "prompt": "messages"}
-    with params_named(names | ({"max_tokens": "max_completion_tokens"} if is_completion else {})):
-        return prompt.text, build_requests(
-            request_id,
-            tokens,
-            params,
-            tokenizer=text.tokenizer,
-            info=info,
-            priority=priority,
-            cache_salt=body.cache_salt or "",
-            arrival_s=arrival_s,
-        )
 
 
 def role_of(body: ChatRequest, state: ServerState) -> str:
@@ -195,32 +109,16 @@ def _last_text(message: dict[str, Any], role: str) -> str:
     return "\n".join(part if isinstance(part, str) else part["text"] for part in content)
 
 
-def _num_chars(message: dict[str, Any]) -> int:
-    content = message.get("content")
-    if isinstance(content, str):
-        return len(content)
-    parts = content if isinstance(content, list) else ()
-    return sum(len(str(part.get("text"))) for part in parts if isinstance(part, dict))
-
-
 def completion(reply: Reply, outcomes: Sequence[Outcome]) -> ChatCompletion:
     """Returns the body of a reply that does not stream."""
     body, first = reply.body, outcomes[0]
+    # Before the usage: it counts what has been read.
+    choices = [_choice(reply, outcome) for outcome in outcomes]
     return ChatCompletion(
         id=reply.id,
         created=reply.created,
         model=reply.model,
-        choices=[
-            ChatChoice(
-                index=outcome.sample.index,
-                message=ChatMessage(role=reply.role, content=reply.echoed + outcome.text),
-                logprobs=_logprobs(reply, outcome.logprobs),
-                finish_reason=outcome.last.finish_reason,
-                stop_reason=outcome.last.stop_reason,
-                token_ids=outcome.tokens if body.return_token_ids else None,
-            )
-            for outcome in outcomes
-        ],
+        choices=choices,
         usage=reply.generation.usage,
         prompt_logprobs=prompt_logprobs_body(first.prompt_logprobs, body.prompt_logprobs),
         prompt_token_ids=list(first.sample.prompt_tokens) if body.return_token_ids else None,
@@ -228,8 +126,22 @@ def completion(reply: Reply, outcomes: Sequence[Outcome]) -> ChatCompletion:
     )
 
 
-def _logprobs(reply: Reply, positions: Sequence[PositionLogprobs]) -> ChatLogprobs | None:
-    body = reply.body
+def _choice(reply: Reply, outcome: Outcome) -> ChatChoice:
+    index = outcome.sample.index
+    said = reply.reading.read(index, outcome.text, outcome.offsets, final=True)
+    said = said._replace(content=reply.echoed + said.content)
+    return ChatChoice(
+        index=index,
+        message=message_body(reply.role, said),
+        logprobs=logprobs_of(reply.body, outcome.logprobs),
+        finish_reason=reply.reading.finish_reason(index, outcome.last.finish_reason),
+        stop_reason=outcome.last.stop_reason,
+        token_ids=outcome.tokens if reply.body.return_token_ids else None,
+    )
+
+
+def logprobs_of(body: ChatRequest, positions: Sequence[PositionLogprobs]) -> ChatLogprobs | None:
+    """Returns the log-probabilities as a reply has them; None unless the client asked for them."""
     if not body.logprobs:
         return None
     as_ids = bool(body.return_tokens_as_token_ids)
@@ -289,15 +201,21 @@ def _writer(reply: Reply, chunks: ChunkWriter) -> Callable[[Sample, Delta], byte
             sample.is_started = True
             first = write_role(sample)
         has_more = delta.finish_reason is not None or delta.logprobs is not None
-        if not has_more and not body.return_token_ids:
-            return first + chunks.plain(sample.index, delta.text) if delta.text else first
+        said = reply.reading.read(
+            sample.index, delta.text, delta.offsets, final=delta.finish_reason is not None
+        )
+        is_text = not said.calls and not said.reasoning
+        if is_text and not has_more and not body.return_token_ids:
+            return first + chunks.plain(sample.index, said.content) if said.content else first
         fields: dict[str, Any] = {
-            "logprobs": _logprobs(reply, delta.logprobs or ()) if delta.logprobs else None,
-            "finish_reason": delta.finish_reason,
+            "logprobs": logprobs_of(body, delta.logprobs) if delta.logprobs else None,
+            "finish_reason": reply.reading.finish_reason(sample.index, delta.finish_reason),
             "stop_reason": delta.stop_reason,
         }
         if body.return_token_ids:
             fields["token_ids"] = delta.tokens
-        return first + chunks.full(sample.index, delta.text, fields)
+        if is_text:
+            return first + chunks.full(sample.index, said.content, fields)
+        return first + chunks.without_text(sample.index, {"delta": delta_body(said)} | fields)
 
     return write

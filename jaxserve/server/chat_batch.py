@@ -13,14 +13,15 @@ import msgspec
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
-from jaxserve.engine.request import Request
 from jaxserve.errors import RequestError
 from jaxserve.server.body import read_body
-from jaxserve.server.chat import Reply, build, completion, params_of, role_of
+from jaxserve.server.chat import Reply, completion, role_of
+from jaxserve.server.conversation import Prompt, build, params_of
 from jaxserve.server.events import JSON, while_connected
 from jaxserve.server.generate import arrival, collect, engine_id, priority_of, start
 from jaxserve.server.protocol.chat import ChatRequest
 from jaxserve.server.protocol.completions import MAX_PROMPTS
+from jaxserve.server.reading import Reading
 from jaxserve.server.request_log import record_of
 from jaxserve.server.state import ServerState
 
@@ -30,6 +31,7 @@ _REFUSED: dict[str, tuple[Any, ...]] = {
     "n": (None, 1),
     "use_beam_search": (None, False),
     "echo": (None, False),
+    "tools": (None,),
     "prompt_logprobs": (None,),
     "return_prompt_text": (None, False),
 }
@@ -67,7 +69,7 @@ async def create_chat_batch(http: HttpRequest) -> Response:
     for conversation in bodies:
         conversation.check()
         conversation.conversation()
-    requests = await asyncio.to_thread(
+    prompts = await asyncio.to_thread(
         partial(
             _build,
             bodies,
@@ -77,7 +79,14 @@ async def create_chat_batch(http: HttpRequest) -> Response:
             arrival_s=arrival_s,
         )
     )
-    generation = await start(state, requests)
+    _, _, text = state.loaded()
+    readers = [reader for prompt in prompts for reader in prompt.reading.readers]
+    reading = Reading(use=None, readers=readers)
+    generation = await start(
+        state,
+        [prompt.requests for prompt in prompts],
+        num_reasoning=reading.num_reasoning if text.format.reasoning is not None else None,
+    )
     record_of(http.scope).generation = generation
     outcomes = await while_connected(http.receive, collect(generation))
     created = int(time.time())
@@ -90,13 +99,18 @@ async def create_chat_batch(http: HttpRequest) -> Response:
                 role=role_of(conversation, state),
                 body=conversation,
                 generation=generation,
+                reading=reading,
             ),
             [outcome],
         )
         for conversation, outcome in zip(bodies, outcomes, strict=True)
     ]
     choices = [reply.choices[0] for reply in replies]
-    return JSON(dataclasses.replace(replies[0], choices=choices, prompt_token_ids=None))
+    return JSON(
+        dataclasses.replace(
+            replies[0], choices=choices, usage=generation.usage, prompt_token_ids=None
+        )
+    )
 
 
 def _build(
@@ -106,16 +120,17 @@ def _build(
     *,
     priority: int,
     arrival_s: float,
-) -> list[list[Request]]:
+) -> list[Prompt]:
     return [
         build(
             body,
-            body.messages,
-            params_of(body, state),
+            None,
+            params_of(body, None, state),
             f"{request_id}-{number}",
             state,
+            body.messages,
             priority=priority,
             arrival_s=arrival_s,
-        )[1]
+        )
         for number, body in enumerate(bodies)
     ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, Coroutine
+from collections.abc import AsyncGenerator, Coroutine, Iterable, Mapping
 from typing import Any, TypeVar
 
 import orjson
@@ -33,6 +33,16 @@ class JSON(Response):
 def event(content: Any) -> bytes:
     """Returns one server-sent event."""
     return b"data: %b\n\n" % orjson.dumps(content)
+
+
+def named_events(contents: Iterable[Mapping[str, Any]]) -> bytes:
+    """Returns server-sent events whose names are the contents' types."""
+    return b"".join(
+        [
+            b"event: %b\ndata: %b\n\n" % (item["type"].encode(), orjson.dumps(item))
+            for item in contents
+        ]
+    )
 
 
 def error_body(error: Exception) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from jaxserve.errors import EngineStopped, PromptTooLong, RequestError
 from jaxserve.generation import Assembler, Delta, PositionLogprobs, TokenText
 from jaxserve.server.metrics import SampleClock
 from jaxserve.server.protocol.common import (
+    CompletionTokensDetails,
     GenerationFields,
     PromptTokensDetails,
     Usage,
@@ -64,8 +65,10 @@ class Generation:
         prompts: Sequence[Sequence[Request]],  # each prompt's samples
         *,
         is_echo_only: bool = False,  # the client asked for no token; the engine makes one
+        num_reasoning: Callable[[], int] | None = None,  # tokens; None: nobody can tell
     ) -> None:
         self.updates = updates
+        self._num_reasoning = num_reasoning
         self._is_echo_only = is_echo_only
         self._metrics = state.metrics
         self.samples: dict[str, Sample] = {}
@@ -86,13 +89,22 @@ class Generation:
     @property
     def usage(self) -> Usage:
         """What has been computed so far; each prompt counts once, however many its samples."""
-        cached = PromptTokensDetails(cached_tokens=sum(self._num_cached))
+        cached = PromptTokensDetails(cached_tokens=self.num_cached_tokens)
+        reasoning = None
+        if self._num_reasoning is not None:
+            reasoning = CompletionTokensDetails(reasoning_tokens=self._num_reasoning())
         return Usage(
             prompt_tokens=self._num_prompt_tokens,
             completion_tokens=self._num_tokens,
             total_tokens=self._num_prompt_tokens + self._num_tokens,
             prompt_tokens_details=cached if self._has_details else None,
+            completion_tokens_details=reasoning,
         )
+
+    @property
+    def num_cached_tokens(self) -> int:
+        """Prompt tokens that were not computed again."""
+        return sum(self._num_cached)
 
     def _note_end(self, sample: Sample) -> None:
         self._num_open[sample.prompt] -= 1
@@ -142,12 +154,18 @@ def _without_answer(delta: Delta) -> Delta:
 
 
 async def start(
-    state: ServerState, prompts: Sequence[Sequence[Request]], *, is_echo_only: bool = False
+    state: ServerState,
+    prompts: Sequence[Sequence[Request]],
+    *,
+    is_echo_only: bool = False,
+    num_reasoning: Callable[[], int] | None = None,
 ) -> Generation:
     """Returns the generation of all requests once the engine has admitted them."""
     engine, _, _ = state.loaded()
     updates = await engine.submit([request for requests in prompts for request in requests])
-    return Generation(state, updates, prompts, is_echo_only=is_echo_only)
+    return Generation(
+        state, updates, prompts, is_echo_only=is_echo_only, num_reasoning=num_reasoning
+    )
 
 
 class Outcome:
@@ -156,6 +174,7 @@ class Outcome:
     def __init__(self, sample: Sample) -> None:
         self.sample = sample
         self.tokens: list[int] = []
+        self.offsets: list[int] = []
         self.logprobs: list[PositionLogprobs] = []
         self.prompt_logprobs: Sequence[PositionLogprobs | None] | None = None
         self.last = Delta()
@@ -170,6 +189,7 @@ class Outcome:
         """Appends what a delta brought."""
         self._texts.append(delta.text)
         self.tokens.extend(delta.tokens)
+        self.offsets.extend(delta.offsets)
         self.logprobs.extend(delta.logprobs or ())
         if delta.prompt_logprobs is not None:
             self.prompt_logprobs = delta.prompt_logprobs
@@ -245,11 +265,12 @@ def check_length(text: str, tokenizer: Tokenizer, limit: int, param: str) -> Non
 
 @contextlib.contextmanager
 def params_named(names: dict[str, str]) -> Iterator[None]:
-    """Lets a `RequestError` name the field as this endpoint spells it."""
+    """Lets a `RequestError` name the field as this endpoint spells it, or the field it is in."""
     try:
         yield
     except RequestError as error:
-        error.param = names.get(error.param or "", error.param)
+        param = error.param or ""
+        error.param = names.get(param) or names.get(re.split(r"[.\[]", param)[0], error.param)
         raise
 
 

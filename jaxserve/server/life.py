@@ -140,7 +140,9 @@ class Life:
         )
         loading = _on_daemon(lambda: load_text(path, self._engine_config, state.config))
         text, _ = await asyncio.gather(loading, state.engine.wait_ready())
-        vocabulary = await _on_daemon(lambda: vocabulary_of(text.tokenizer))
+        vocabulary = await _on_daemon(
+            lambda: vocabulary_of(text.tokenizer, text.format.thinking_marks)
+        )
         if vocabulary is not None:
             state.engine.set_vocabulary(vocabulary)
         state.text = text

@@ -14,6 +14,7 @@ from jaxserve.engine.request import SamplingParams
 from jaxserve.errors import ConfigError
 from jaxserve.models.checkpoint import open_checkpoint, resolve, tokenizer_files
 from jaxserve.text.chat_template import ChatTemplate
+from jaxserve.text.message_format import MessageFormat, message_format
 from jaxserve.text.tokenizer import Tokenizer
 
 # generation_config.json's name, ours.
@@ -40,6 +41,7 @@ class ModelText:
     tokenizer: Tokenizer
     chat_template: ChatTemplate | None
     defaults: Mapping[str, Any]  # SamplingParams fields for requests that leave them out
+    format: MessageFormat = MessageFormat()
 
 
 def find_model(config: EngineConfig) -> Path:
@@ -66,10 +68,15 @@ def load_text(path: Path, engine: EngineConfig, server: ServerConfig) -> ModelTe
         defaults = {**defaults, **sampling_defaults(given, "override_generation_config")}
     if defaults:
         logger.info("sampling defaults of the model: %s", defaults)
+    format = message_format(server.tool_call_parser, server.reasoning_parser, template_text)
+    logger.info(
+        "tool calls are read as %s, reasoning as %s", format.tools_name, format.reasoning_name
+    )
     return ModelText(
         tokenizer=tokenizer,
         chat_template=template,
         defaults=defaults,
+        format=format,
     )
 
 

@@ -20,6 +20,8 @@ class ModelCard:
     created: int
     root: str
     max_model_len: int
+    tool_call_parser: str
+    reasoning_parser: str
     object: str = "model"
     owned_by: str = "jaxserve"
     parent: str | None = None
@@ -34,9 +36,16 @@ class ModelList:
 
 
 def _cards(state: ServerState) -> list[ModelCard]:
-    _, info, _ = state.loaded()
+    _, info, text = state.loaded()
     return [
-        ModelCard(id=name, created=state.created, root=state.root, max_model_len=info.max_model_len)
+        ModelCard(
+            id=name,
+            created=state.created,
+            root=state.root,
+            max_model_len=info.max_model_len,
+            tool_call_parser=text.format.tools_name,
+            reasoning_parser=text.format.reasoning_name,
+        )
         for name in state.model_names
     ]
 

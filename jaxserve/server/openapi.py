@@ -28,11 +28,14 @@ from jaxserve.errors import (
     SlowBody,
     WrongMediaType,
 )
+from jaxserve.server import message_errors
 from jaxserve.server.chat_batch import ChatBatchRequest
 from jaxserve.server.events import JSON
 from jaxserve.server.models import ModelCard, ModelList
 from jaxserve.server.protocol.chat import ChatCompletion, ChatRequest
 from jaxserve.server.protocol.completions import Completion, CompletionRequest
+from jaxserve.server.protocol.messages import CountRequest, MessageRequest
+from jaxserve.server.protocol.responses import ResponseRequest
 from jaxserve.server.protocol.tokenization import (
     Detokenized,
     DetokenizeRequest,
@@ -60,6 +63,22 @@ class ErrorReply:
 
 
 @dataclass(frozen=True, kw_only=True)
+class MessageErrorObject:
+    """What went wrong, in Anthropic's words."""
+
+    type: str
+    message: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class MessageErrorReply:
+    """The same on the paths of Anthropic's protocol."""
+
+    type: str  # error
+    error: MessageErrorObject
+
+
+@dataclass(frozen=True, kw_only=True)
 class Types:
     """What an endpoint takes and returns, any of several types; none where there is no JSON."""
 
@@ -73,6 +92,10 @@ TYPES: dict[str, Types] = {
     "/v1/completions": Types(body=(CompletionRequest,), reply=(Completion,), streams=True),
     "/v1/chat/completions": Types(body=(ChatRequest,), reply=(ChatCompletion,), streams=True),
     "/v1/chat/completions/batch": Types(body=(ChatBatchRequest,), reply=(ChatCompletion,)),
+    # Their replies hold items of several types, which msgspec cannot describe.
+    "/v1/responses": Types(body=(ResponseRequest,), reply=(dict[str, Any],), streams=True),
+    "/v1/messages": Types(body=(MessageRequest,), reply=(dict[str, Any],), streams=True),
+    "/v1/messages/count_tokens": Types(body=(CountRequest,), reply=(dict[str, int],)),
     "/invocations": Types(
         body=(ChatRequest, CompletionRequest), reply=(ChatCompletion, Completion), streams=True
     ),
@@ -120,7 +143,7 @@ def _page() -> str:
 
 def describe(routes: list[Route], *, has_keys: bool) -> dict[str, Any]:
     """Returns the OpenAPI document of `routes`."""
-    kinds: list[Any] = [ErrorReply]
+    kinds: list[Any] = [ErrorReply, MessageErrorReply]
     for types in TYPES.values():
         kinds += (*types.body, *types.reply)
     schemas, components = msgspec.json.schema_components(
@@ -130,20 +153,23 @@ def describe(routes: list[Route], *, has_keys: bool) -> dict[str, Any]:
     described: dict[str, Any] = {
         "openapi": "3.1.0",
         "info": {"title": "jaxserve", "version": __version__},
-        "paths": {
-            path: {
-                method.lower(): _operation(route, path, schema_of)
-                for method in sorted((route.methods or set()) - {"HEAD"})
-            }
-            for route in routes
-            for path in [route.path.replace(":path", "")]
-        },
+        "paths": _paths(routes, schema_of),
         "components": {"schemas": components},
     }
     if has_keys:
         described["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
         described["security"] = [{"key": []}]
     return described
+
+
+def _paths(routes: list[Route], schema_of: dict[str, Any]) -> dict[str, Any]:
+    paths: dict[str, Any] = {}
+    for route in routes:
+        path = route.path.replace(":path", "")
+        for method in sorted((route.methods or set()) - {"HEAD"}):
+            operations = paths.setdefault(path, {})
+            operations[method.lower()] = _operation(route, path, schema_of)
+    return paths
 
 
 def _operation(route: Route, path: str, schema_of: dict[str, Any]) -> dict[str, Any]:
@@ -165,11 +191,12 @@ def _operation(route: Route, path: str, schema_of: dict[str, Any]) -> dict[str, 
             "content": {"application/json": {"schema": schema}},
         }
     if "{" in path:
-        name = path.partition("{")[2].rstrip("}")
+        name = path.partition("{")[2].partition("}")[0]
         operation["parameters"] = [
             {"name": name, "in": "path", "required": True, "schema": {"type": "string"}}
         ]
-    failed = {"application/json": {"schema": schema_of[str(ErrorReply)]}}
+    reply = MessageErrorReply if path in message_errors.PATHS else ErrorReply
+    failed = {"application/json": {"schema": schema_of[str(reply)]}}
     for error in ERRORS:
         description = (inspect.getdoc(error) or "").partition("\n")[0]
         operation["responses"][str(error.status)] = {"description": description, "content": failed}

@@ -54,6 +54,7 @@ def joined(first: Delta, second: Delta) -> Delta:
     return second._replace(
         text=first.text + second.text,
         tokens=first.tokens + second.tokens,
+        offsets=first.offsets + second.offsets,
         logprobs=logprobs,
         prompt_logprobs=first.prompt_logprobs or second.prompt_logprobs,
         num_cached_tokens=max(first.num_cached_tokens, second.num_cached_tokens),

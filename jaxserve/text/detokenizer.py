@@ -52,9 +52,14 @@ class TextStream:
         include_stop: bool = False,
         min_tokens: int = 0,
         skip_special_tokens: bool = True,
+        shown_special_tokens: tuple[str, ...] = (),
         spaces_between_special_tokens: bool = True,
     ) -> None:
-        pieces = tokenizer.visible_pieces if skip_special_tokens else tokenizer.pieces
+        pieces = tokenizer.pieces
+        if skip_special_tokens:
+            pieces = tokenizer.pieces_showing(shown_special_tokens)
+            # Decoders that look at neighbours show all special tokens or none.
+            skip_special_tokens = not shown_special_tokens
         self._decoder: _Decoder
         if pieces is not None:
             # After a prompt with text, a leading space is part of the answer.

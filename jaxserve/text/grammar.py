@@ -7,6 +7,7 @@ imports no jax.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 from llguidance import LLMatcher, grammar_from
@@ -42,15 +43,19 @@ def grammar_for(params: StructuredOutputsParams, tokenizer: Tokenizer) -> Gramma
     return Grammar(source=source, param=params.param)
 
 
-def vocabulary_of(tokenizer: Tokenizer) -> Vocabulary | None:
+def vocabulary_of(
+    tokenizer: Tokenizer,
+    marks: Sequence[str] = (),  # tokens that count as special beside those that are
+) -> Vocabulary | None:
     """Returns the bytes of every token; None for a tokenizer whose tokens have none."""
     pieces = tokenizer.pieces
     if pieces is None:
         return None
+    special = {token for mark in marks if (token := tokenizer.token_of(mark)) is not None}
     num_tokens = max(tokenizer.vocabulary().values(), default=-1) + 1
     return Vocabulary(
         tokens=tuple(pieces[token] for token in range(num_tokens)),
-        special_tokens=tuple(sorted(tokenizer.special_ids)),
+        special_tokens=tuple(sorted(tokenizer.special_ids | special)),
     )
 
 

@@ -81,11 +81,10 @@ class Tokenizer:
         spell, self.strips_first_space = _spelling(backend)
         self.pieces: Mapping[int, bytes] | None = None
         self.visible_pieces: Mapping[int, bytes] | None = None
+        self._showing: dict[tuple[str, ...], Mapping[int, bytes]] = {}
         if spell:
-            self.pieces = pieces = Pieces(lambda token: _read_piece(backend, spell, token))
-            self.visible_pieces = Pieces(
-                lambda token: b"" if token in self.special_ids else pieces[token] or None
-            )
+            self.pieces = Pieces(lambda token: _read_piece(backend, spell, token))
+            self.visible_pieces = self.pieces_showing(())
 
     @classmethod
     def from_files(cls, files: TokenizerFiles) -> Tokenizer:
@@ -101,6 +100,21 @@ class Tokenizer:
             add_eos_token=files.add_eos_token,
             chat_template=files.chat_template,
         )
+
+    def pieces_showing(
+        self,
+        special: tuple[str, ...],  # few different ones: each is kept
+    ) -> Mapping[int, bytes] | None:
+        """Returns the bytes of each token, b"" for special tokens other than these."""
+        pieces = self.pieces
+        if pieces is None:
+            return None
+        if special not in self._showing:
+            hidden = self.special_ids - {self.token_of(text) for text in special}
+            self._showing[special] = Pieces(
+                lambda token: b"" if token in hidden else pieces[token] or None
+            )
+        return self._showing[special]
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Returns the tokens of `text`; BOS (or EOS) is added where the model expects it."""

@@ -42,6 +42,21 @@ def test_a_client_that_leaves_aborts_its_sequences(stream):
         wait_until(lambda: server.state.num_running == 0)
 
 
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_of_another_protocol_that_leaves_aborts_its_sequence(stream):
+    with EchoServer(step_s=0.01, max_model_len=10**6) as server:
+        asked = {"max_tokens": 10**5, "max_output_tokens": 10**5, "stream": stream}
+        hi = [{"role": "user", "content": "hi"}]
+        for path, body in (("/v1/responses", {"input": hi}), ("/v1/messages", {"messages": hi})):
+            with post(server, path, asked | body) as sock:
+                wait_until(lambda: server.link.engine.stats().num_running == 1)
+                if stream:
+                    assert sock.recv(100).startswith(b"HTTP/1.1 200")
+            wait_until(lambda: server.link.engine.stats().num_running == 0)
+        assert len(server.link.engine.aborted) == 2
+        wait_until(lambda: server.state.num_running == 0)
+
+
 def test_a_stop_string_aborts_the_sequence_in_the_engine():
     with EchoServer(step_s=0.01) as server, httpx2.Client(base_url=server.url) as http:
         http.post("/v1/completions", json={"prompt": "ab", "stop": "b", "max_tokens": 100})

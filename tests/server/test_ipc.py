@@ -81,6 +81,7 @@ def test_a_request_survives_the_wire_with_every_parameter():
             detokenize=False,
             skip_special_tokens=False,
             spaces_between_special_tokens=False,
+            shown_special_tokens=("<tool_call>",),
             logprob_token_ids=[5, 6],
             repetition_detection=RepetitionDetection(max_pattern_size=4),
         ),

@@ -5,9 +5,10 @@ import dataclasses
 import httpx2
 import pytest
 
-from jaxserve.config import EngineConfig, ServerConfig
+from jaxserve.config import EngineConfig, ServerConfig, options_of
 from jaxserve.errors import ConfigError
 from jaxserve.server.model_text import load_text, sampling_defaults, server_template
+from jaxserve.text import reasoning, tool_parsers
 from tests.checkpoints import write_llama_folder
 from tests.server.serving import EchoServer
 
@@ -26,6 +27,24 @@ def test_the_models_own_template_is_used_unless_another_is_given(model, tmp_path
     for option, source in (("{{ messages }}", "{{ messages }}"), (str(file), "from a file")):
         text = load_text(model, engine, ServerConfig(chat_template=option))
         assert text.chat_template is not None and text.chat_template.source == source
+
+
+def test_the_template_tells_how_messages_are_read(model):
+    engine = EngineConfig(model=str(model))
+    template = "{{ tools }}<tool_call><think>"
+    format = load_text(model, engine, ServerConfig(chat_template=template)).format
+    assert (format.tools_name, format.reasoning_name) == ("hermes", "qwen3")
+    given = ServerConfig(
+        chat_template=template, tool_call_parser="mistral", reasoning_parser="none"
+    )
+    format = load_text(model, engine, given).format
+    assert (format.tools_name, format.reasoning_name) == ("mistral", "none")
+
+
+def test_the_options_name_every_format():
+    choices = {option.name: set(option.choices) for option in options_of(ServerConfig)}
+    assert choices["tool_call_parser"] == {"auto", "none", *tool_parsers.FORMATS}
+    assert choices["reasoning_parser"] == {"auto", "none", *reasoning.FORMATS}
 
 
 def test_a_template_file_that_is_missing_is_an_error():

@@ -46,6 +46,13 @@ def stream_text(stream, tokens, sizes=(1,)):
     return text, None
 
 
+def test_special_tokens_can_be_shown_one_by_one():
+    user, end = BYTES.token_of("<|user|>"), BYTES.token_of("<|end|>")
+    for shown, text in (((), "ab"), (("<|end|>",), "a<|end|>b")):
+        stream = TextStream(BYTES, shown_special_tokens=shown)
+        assert stream_text(stream, [user, *b"a", end, *b"b"]) == (text, None)
+
+
 @ALL
 @pytest.mark.parametrize("skip", [True, False])
 @given(data=st.data())

@@ -9,16 +9,13 @@ import msgspec
 
 from jaxserve.errors import RequestError
 from jaxserve.server.protocol.common import GenerationFields, Usage, check_fields
+from jaxserve.server.protocol.reasoning import Effort
 
 MAX_MESSAGES = 4096
 
 UNSUPPORTED_IN_CHAT: dict[str, tuple[Any, ...]] = {
-    "tools": (None, []),
-    "tool_choice": (None, "none", "auto"),
     "functions": (None, []),
     "function_call": (None, "none", "auto"),
-    "reasoning_effort": (None,),
-    "include_reasoning": (None, True, False),
     "media_io_kwargs": (None, {}),
     "mm_processor_kwargs": (None, {}),
     "modalities": (None, ["text"]),
@@ -39,14 +36,16 @@ class ChatRequest(GenerationFields, kw_only=True):
     continue_final_message: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     documents: list[dict[str, Any]] | None = None
-    tools: Any = msgspec.UNSET
-    tool_choice: Any = msgspec.UNSET
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: Any = None
+    parallel_tool_calls: bool | None = None
+    reasoning_effort: Effort | None = None
+    include_reasoning: bool | None = None
+    thinking_token_budget: int | None = None
     functions: Any = msgspec.UNSET
     function_call: Any = msgspec.UNSET
     chat_template: str | None = None
     echo: bool | None = None
-    reasoning_effort: Any = msgspec.UNSET
-    include_reasoning: Any = msgspec.UNSET
     media_io_kwargs: Any = msgspec.UNSET
     mm_processor_kwargs: Any = msgspec.UNSET
     modalities: Any = msgspec.UNSET
@@ -60,6 +59,12 @@ class ChatRequest(GenerationFields, kw_only=True):
         check_fields(self, UNSUPPORTED_IN_CHAT)
         if self.top_logprobs is not None and not self.logprobs:
             raise RequestError("top_logprobs needs logprobs: true", param="top_logprobs")
+        budget = self.thinking_token_budget
+        if budget is not None and not 0 <= budget < 2**31:
+            raise RequestError(
+                f"thinking_token_budget is {budget}; it must be in [0, {2**31 - 1}]",
+                param="thinking_token_budget",
+            )
         if self.continue_final_message and self.add_generation_prompt is not False:
             raise RequestError(
                 "continue_final_message needs add_generation_prompt: false",
@@ -105,24 +110,11 @@ class ChatLogprobs:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ChatMessage:
-    """What the model said."""
-
-    role: str
-    content: str
-    refusal: str | None = None
-    annotations: list[Any] | None = None
-    audio: None = None
-    function_call: None = None
-    reasoning: str | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
 class ChatChoice:
     """One sample."""
 
     index: int
-    message: ChatMessage
+    message: dict[str, Any]
     logprobs: ChatLogprobs | None
     finish_reason: str | None
     stop_reason: str | int | None

@@ -54,7 +54,6 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "guided_decoding_backend": (None,),
     "best_of": (None, 1),
     "prompt_logprob_token_ids": (None, []),
-    "thinking_token_budget": (None,),
     "watermarking": (None,),
     "kv_transfer_params": (None,),
     "ec_transfer_params": (None,),
@@ -123,7 +122,6 @@ class GenerationFields(msgspec.Struct, kw_only=True):
     logprob_token_ids: list[int] | None = None
     prompt_logprob_token_ids: Any = msgspec.UNSET
     stream_interval: int | None = None
-    thinking_token_budget: Any = msgspec.UNSET
     repetition_detection: RepetitionDetection | None = None
     watermarking: Any = msgspec.UNSET
     kv_transfer_params: Any = msgspec.UNSET
@@ -225,6 +223,13 @@ class PromptTokensDetails:
 
 
 @dataclass(frozen=True, kw_only=True)
+class CompletionTokensDetails:
+    """What the generated tokens were for."""
+
+    reasoning_tokens: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class Usage:
     """What a reply has cost, in tokens."""
 
@@ -232,3 +237,4 @@ class Usage:
     total_tokens: int
     completion_tokens: int
     prompt_tokens_details: PromptTokensDetails | None = None
+    completion_tokens_details: CompletionTokensDetails | None = None

@@ -13,6 +13,7 @@ from jaxserve.server.protocol.common import GenerationFields, Usage, check_field
 MAX_PROMPTS = 256
 
 UNSUPPORTED_IN_COMPLETIONS: dict[str, tuple[Any, ...]] = {
+    "thinking_token_budget": (None,),
     "prompt_embeds": (None,),
 }
 
@@ -24,6 +25,7 @@ class CompletionRequest(GenerationFields, kw_only=True):
     echo: bool | None = None
     logprobs: int | None = None
     suffix: str | None = None
+    thinking_token_budget: Any = msgspec.UNSET
     prompt_embeds: Any = msgspec.UNSET
 
     def check(self) -> None:
