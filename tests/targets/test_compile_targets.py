@@ -30,6 +30,7 @@ CASES = [
         ("h100", "llama-3.1-8b", 2, ("decode", "mixed")),
         ("v6e", "qwen3-32b", 2, ("decode",)),
         ("h100", "gemma-3-27b", 6, ("mixed",)),
+        ("a100", "llama-3.1-8b", 1, ("mixed",)),
         ("v5e", "smollm2-135m", None, ("decode", "mixed")),
         ("h100", "smollm2-135m", None, ("decode", "mixed")),
     )
