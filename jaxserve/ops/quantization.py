@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels.quantized_matmul import Backend, quantized_matmul, refusal
+
 Activations: TypeAlias = Literal["float", "dynamic", "static"]
 
 
@@ -18,9 +20,20 @@ Activations: TypeAlias = Literal["float", "dynamic", "static"]
 class Fused:
     """The weight is converted inside the product; each group's product is scaled.
 
-    TPU and GPU compilers read a converted operand as it is stored and keep no copy. TPU compilers
-    also fuse the sum over groups; for a GPU they would write every group's product to memory.
+    TPU and GPU compilers read a converted operand as it is stored and keep no copy, where a row has
+    one scale. With groups, a TPU's copies the matrix, transposed, and multiplies group by group
+    (`scripts/targets/weight_kernels.py`); a GPU's writes every group's product to memory.
     """
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kernel:
+    """A Pallas kernel converts a block of the weight where it multiplies it.
+
+    What the kernel cannot take (its size depends on the mesh) is as if `Fused`.
+    """
+
+    backend: Backend
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +56,7 @@ class Quantized:
     is_static: bool  # by `input_scale`; else by each row's largest
 
 
-Form: TypeAlias = Fused | Blocks | Quantized
+Form: TypeAlias = Fused | Kernel | Blocks | Quantized
 
 # The floats of a block: on a CPU measured, on a GPU a third of an H100's second-level cache.
 _CPU_BLOCK_ROWS = 256
@@ -212,6 +225,8 @@ def form_for(
         return Quantized(is_static=activations == "static")
     if platform == "gpu" and num_groups > 1:
         return Blocks(num_rows=max(256, _GPU_BLOCK_BYTES // (2 * in_size) // 128 * 128))
+    if platform == "tpu" and num_groups > 1:
+        return Kernel(backend="tpu")
     return Fused()
 
 
@@ -231,45 +246,58 @@ def multiplies_natively(device: jax.Device, dtype: jnp.dtype) -> bool:
     return False
 
 
-def quantized_matmul_f32(
+def multiply_quantized(
     x: jax.Array,  # [rows, in]
     weight: QuantizedWeight,  # [out, in]
-) -> jax.Array:  # [rows, out] f32
-    """Returns `x @ weight.T` in float32."""
+    out_dtype: jax.typing.DTypeLike = jnp.float32,
+) -> jax.Array:  # [rows, out]
+    """Returns `x @ weight.T`, summed in float32."""
     if x.shape[1] != weight.data.shape[1]:
         raise ValueError(f"{x.shape=} does not go with {weight.data.shape=}")
     if weight.order is not None:
         x = x[:, weight.order]
     match weight.form:
         case Quantized(is_static=is_static):
-            return _multiply_quantized(x, weight, weight.input_scale if is_static else None)
+            out = _multiply_quantized(x, weight, weight.input_scale if is_static else None)
         case Blocks(num_rows=num_rows):
-            return _multiply_by_blocks(x, weight, num_rows)
+            out = _multiply_by_blocks(x, weight, num_rows)
+        case Kernel(backend=backend) if _is_for_kernel(weight, backend):
+            return _multiply_by_groups(x, weight, backend, out_dtype)
+        case _ if weight.num_groups == 1 and weight.zero is None:
+            dtype = jnp.dtype(weight.dtype)
+            out = _dot(x.astype(dtype), weight.data.astype(dtype), jnp.float32)
+            out *= weight.row_scales()
         case _:
-            return _multiply_fused(x, weight)
+            return _multiply_by_groups(x, weight, "reference", out_dtype)
+    return out.astype(out_dtype)
+
+
+def _is_for_kernel(weight: QuantizedWeight, backend: Backend) -> bool:
+    if jnp.dtype(weight.dtype) == jnp.float32:
+        return False  # the kernels multiply bfloat16
+    out_size, in_size = weight.data.shape
+    return refusal(backend, out_size, in_size, weight.num_groups) is None
 
 
 def _dot(x: jax.Array, weight: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
     return lax.dot_general(x, weight, (((1,), (1,)), ((), ())), preferred_element_type=dtype)
 
 
-def _multiply_fused(
+def _multiply_by_groups(
     x: jax.Array,  # [rows, in]
     weight: QuantizedWeight,  # [out, in]
-) -> jax.Array:  # [rows, out] f32
-    dtype, scale = jnp.dtype(weight.dtype), weight.row_scales()
-    x = x.astype(dtype)
-    if weight.num_groups == 1 and weight.zero is None:
-        return _dot(x, weight.data.astype(dtype), jnp.float32) * scale
-    parts = x.reshape(x.shape[0], weight.num_groups, -1)
-    data = weight.data.astype(dtype).reshape(weight.data.shape[0], weight.num_groups, -1)
-    products = jnp.einsum("rgc,ogc->gro", parts, data, preferred_element_type=jnp.float32)
-    out = (products * scale[:, None, :]).sum(0)
-    if weight.zero is not None:
-        # (data - zero) * scale * x, summed: what zeros take away needs only x's sums.
-        sums = parts.astype(jnp.float32).sum(2)
-        out -= jnp.einsum("rg,go->ro", sums, weight.levels_of_zero() * scale)
-    return out
+    backend: Backend,
+    out_dtype: jax.typing.DTypeLike,
+) -> jax.Array:  # [rows, out]
+    return quantized_matmul(
+        x.astype(weight.dtype),
+        weight.data,
+        weight.row_scales(),
+        weight.zero,
+        backend=backend,
+        zero_steps=zero_steps(weight.data.dtype),
+        out_dtype=out_dtype,
+    )
 
 
 def _multiply_by_blocks(

@@ -11,6 +11,7 @@ from jaxserve.ops.linear import linear, matmul_f32
 from jaxserve.ops.quantization import (
     Blocks,
     Fused,
+    Kernel,
     Quantized,
     QuantizedWeight,
     dequantize,
@@ -164,7 +165,7 @@ def test_widths_that_disagree_are_refused():
     [
         ("cpu", False, "dynamic", 1, Blocks(num_rows=256)),
         ("tpu", True, "float", 1, Fused()),
-        ("tpu", True, "float", 32, Fused()),
+        ("tpu", True, "float", 32, Kernel(backend="tpu")),
         ("tpu", True, "dynamic", 1, Quantized(is_static=False)),
         ("tpu", False, "dynamic", 1, Fused()),
         ("gpu", True, "static", 1, Quantized(is_static=True)),
