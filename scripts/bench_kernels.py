@@ -35,6 +35,7 @@ from jaxserve.ops.quantization import (  # noqa: E402
     Fused,
     QuantizedWeight,
     form_for,
+    has_kernel,
     multiplies_natively,
 )
 from pallas_kernels.grouped_matmul import grouped_matmul  # noqa: E402
@@ -181,6 +182,7 @@ def weights_of(name: str, size: int) -> Iterator[tuple[str, list[jax.Array | Qua
     form = form_for(
         device.platform,
         is_native=multiplies_natively(device, jnp.dtype(dtype)),
+        has_kernel=has_kernel(device, jnp.dtype(dtype)),
         activations="float",
         num_groups=groups,
         has_zero=has_zero,
@@ -189,7 +191,8 @@ def weights_of(name: str, size: int) -> Iterator[tuple[str, list[jax.Array | Qua
     data = [jax.random.randint(key, (size, size), -8, 8, jnp.int8).astype(dtype) for key in keys]
     scale = jnp.full((groups, size), 0.1, jnp.float32)
     zero = jnp.ones((groups, size), jnp.int8) if has_zero else None
-    for way in dict.fromkeys((form, Fused())):
+    # Where that is a kernel, beside what stands in for it.
+    for way in dict.fromkeys((form, getattr(form, "otherwise", Fused()))):
         weights = [QuantizedWeight(data=one, scale=scale, zero=zero, form=way) for one in data]
         yield type(way).__name__, list(weights)
 

@@ -67,7 +67,7 @@ TOO_LARGE |= {
     for model, size in (("qwen3-32b", 61), ("qwen3-30b-a3b", 57), ("gemma-3-27b", 50))
 }
 
-_KERNEL_CALLS = r'custom_call_target="(tpu_custom_call|mosaic_gpu\w*|__gpu\$xla\.gpu\.triton)"'
+KERNEL_CALLS = r'custom_call_target="(tpu_custom_call|mosaic_gpu\w*|__gpu\$xla\.gpu\.triton)"'
 _FORBIDDEN = {
     "float64": r"\bf64\[",
     "a call to the host": r" (infeed|outfeed|send|recv)\(|_callback|HostExecute",
@@ -172,7 +172,7 @@ def inspect(
         state_bytes=state_bytes,
         num_state_copies=_count_copies(text, state),
         num_dense_weights=count_dense(text, quantized),
-        num_kernels=len(re.findall(_KERNEL_CALLS, text)),
+        num_kernels=len(re.findall(KERNEL_CALLS, text)),
         collectives=collectives_of(text),
         faults=tuple(faults),
     )

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.quantized_matmul import Backend, quantized_matmul, refusal
+from pallas_kernels.quantized_matmul import Backend, device_refusal, quantized_matmul, refusal
 
 Activations: TypeAlias = Literal["float", "dynamic", "static"]
 
@@ -24,16 +24,6 @@ class Fused:
     one scale. With groups, a TPU's copies the matrix, transposed, and multiplies group by group
     (`scripts/targets/weight_kernels.py`); a GPU's writes every group's product to memory.
     """
-
-
-@dataclass(frozen=True, kw_only=True)
-class Kernel:
-    """A Pallas kernel converts a block of the weight where it multiplies it.
-
-    What the kernel cannot take (its size depends on the mesh) is as if `Fused`.
-    """
-
-    backend: Backend
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +40,15 @@ class Blocks:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Kernel:
+    """A Pallas kernel converts parts of the weight where it multiplies them."""
+
+    backend: Backend
+    max_rows: int | None  # of x; None: any number
+    otherwise: Fused | Blocks  # more rows, and what the kernel refuses (sizes depend on the mesh)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Quantized:
     """Activations are quantised to the weight's type too, and the product is in that type."""
 
@@ -61,6 +60,10 @@ Form: TypeAlias = Fused | Kernel | Blocks | Quantized
 # The floats of a block: on a CPU measured, on a GPU a third of an H100's second-level cache.
 _CPU_BLOCK_ROWS = 256
 _GPU_BLOCK_BYTES = 16 * 2**20
+# Every 64 rows the GPU kernel reads the weight again; by blocks it is read once, and its floats, of
+# four to seven times the bytes, written and read.
+_GPU_KERNEL_ROWS = 256
+_KERNELS: dict[str, Backend] = {"tpu": "tpu", "gpu": "triton"}
 _LEAST_SCALE = 1e-12  # of a group of zeros
 
 # int4's zeros count eighths of a level. A whole one misses a group's middle by up to half a level,
@@ -209,6 +212,7 @@ def form_for(
     platform: str,  # "cpu", "gpu" or "tpu"
     *,
     is_native: bool,  # the device multiplies the weight's type (`multiplies_natively`)
+    has_kernel: bool,  # (`has_kernel`)
     activations: Activations,
     num_groups: int,
     has_zero: bool,
@@ -223,11 +227,21 @@ def form_for(
         return Blocks(num_rows=_CPU_BLOCK_ROWS)
     if activations != "float" and is_native and num_groups == 1 and not has_zero:
         return Quantized(is_static=activations == "static")
-    if platform == "gpu" and num_groups > 1:
-        return Blocks(num_rows=max(256, _GPU_BLOCK_BYTES // (2 * in_size) // 128 * 128))
-    if platform == "tpu" and num_groups > 1:
-        return Kernel(backend="tpu")
-    return Fused()
+    if num_groups == 1:
+        return Fused()
+    if platform == "tpu":
+        form = Fused()
+        return Kernel(backend="tpu", max_rows=None, otherwise=form) if has_kernel else form
+    blocks = Blocks(num_rows=max(256, _GPU_BLOCK_BYTES // (2 * in_size) // 128 * 128))
+    if not has_kernel:
+        return blocks
+    return Kernel(backend="triton", max_rows=_GPU_KERNEL_ROWS, otherwise=blocks)
+
+
+def has_kernel(device: jax.Device, dtype: jnp.dtype) -> bool:
+    """Returns whether a Pallas kernel multiplies weights of a type by groups on a device."""
+    backend = _KERNELS.get(device.platform)
+    return backend is not None and device_refusal(backend, device, dtype) is None
 
 
 def multiplies_natively(device: jax.Device, dtype: jnp.dtype) -> bool:
@@ -256,13 +270,16 @@ def multiply_quantized(
         raise ValueError(f"{x.shape=} does not go with {weight.data.shape=}")
     if weight.order is not None:
         x = x[:, weight.order]
-    match weight.form:
+    form = weight.form
+    if isinstance(form, Kernel):
+        if _is_for_kernel(x, weight, form):
+            return _multiply_by_groups(x, weight, form.backend, out_dtype)
+        form = form.otherwise
+    match form:
         case Quantized(is_static=is_static):
             out = _multiply_quantized(x, weight, weight.input_scale if is_static else None)
         case Blocks(num_rows=num_rows):
             out = _multiply_by_blocks(x, weight, num_rows)
-        case Kernel(backend=backend) if _is_for_kernel(weight, backend):
-            return _multiply_by_groups(x, weight, backend, out_dtype)
         case _ if weight.num_groups == 1 and weight.zero is None:
             dtype = jnp.dtype(weight.dtype)
             out = _dot(x.astype(dtype), weight.data.astype(dtype), jnp.float32)
@@ -272,11 +289,13 @@ def multiply_quantized(
     return out.astype(out_dtype)
 
 
-def _is_for_kernel(weight: QuantizedWeight, backend: Backend) -> bool:
+def _is_for_kernel(x: jax.Array, weight: QuantizedWeight, form: Kernel) -> bool:
+    if form.max_rows is not None and x.shape[0] > form.max_rows:
+        return False
     if jnp.dtype(weight.dtype) == jnp.float32:
         return False  # the kernels multiply bfloat16
     out_size, in_size = weight.data.shape
-    return refusal(backend, out_size, in_size, weight.num_groups) is None
+    return refusal(form.backend, out_size, in_size, weight.num_groups) is None
 
 
 def _dot(x: jax.Array, weight: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:

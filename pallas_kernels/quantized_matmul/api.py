@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels.quantized_matmul import reference
 
-Backend: TypeAlias = Literal["reference", "tpu"]
+Backend: TypeAlias = Literal["reference", "tpu", "triton"]
 
 
 def quantized_matmul(
@@ -38,20 +38,31 @@ def quantized_matmul(
         raise ValueError(f"{zero.shape=} must be {scale.shape}")
     if reason := refusal(backend, out_size, in_size, groups):
         raise ValueError(reason)
-    if backend == "reference":
-        return reference.quantized_matmul(
-            x, data, scale, zero, zero_steps=zero_steps, out_dtype=out_dtype
-        )
-    # Not at the top: Pallas takes a second to import, and a CPU never needs it.
-    from pallas_kernels.quantized_matmul import tpu
-
-    return tpu.quantized_matmul(x, data, scale, zero, zero_steps=zero_steps, out_dtype=out_dtype)
+    multiply = _module(backend).quantized_matmul
+    return multiply(x, data, scale, zero, zero_steps=zero_steps, out_dtype=out_dtype)
 
 
 def refusal(backend: Backend, out_size: int, in_size: int, groups: int) -> str | None:
     """Returns why a backend cannot multiply by a matrix `[out, in]`; None if it can."""
-    if backend == "reference":
-        return None
-    from pallas_kernels.quantized_matmul import tpu
+    return _module(backend).refusal(out_size, in_size, groups)
 
-    return tpu.refusal(out_size, in_size, groups)
+
+def device_refusal(backend: Backend, device: jax.Device, dtype: jnp.dtype) -> str | None:
+    """Returns why a backend cannot run on its platform's device with data of a type, or None."""
+    return _module(backend).device_refusal(device, dtype)
+
+
+def _module(backend: Backend) -> Any:
+    # Not at the top: Pallas takes a second to import, and a CPU never needs it.
+    match backend:
+        case "tpu":
+            from pallas_kernels.quantized_matmul import tpu
+
+            return tpu
+        case "triton":
+            from pallas_kernels.quantized_matmul import triton
+
+            return triton
+        case _:
+            assert backend == "reference", backend
+            return reference

@@ -57,6 +57,14 @@ def quantized_matmul(
     return out[:rows]
 
 
+def device_refusal(device: jax.Device, dtype: jnp.dtype) -> str | None:
+    """Returns why the kernels cannot run on a TPU; None if they can, with data of any type."""
+    del dtype
+    if device.device_kind in TPU.device_kinds:
+        return None
+    return f"the TPU kernels are made for {', '.join(TPU.device_kinds)}, not {device.device_kind}"
+
+
 def refusal(out_size: int, in_size: int, groups: int) -> str | None:
     """Returns why the kernels cannot multiply by such a matrix; None if they can."""
     size = in_size // groups

@@ -49,7 +49,7 @@ class Product:
     weight: str  # of WEIGHTS
     rows: int
     shape: str = "up"  # of SHAPES
-    is_fused: bool = False  # as XLA would have it, where there is a kernel
+    is_xla: bool = False  # XLA's way, where there is a kernel
 
     @property
     def groups(self) -> int:
@@ -62,6 +62,7 @@ class Product:
 class Figures:
     """What the compiler made of it."""
 
+    way: str  # "kernel" or "XLA"
     cycles: int  # 0 for a GPU
     temp_bytes: int
     argument_bytes: int
@@ -70,7 +71,8 @@ class Figures:
 
 def has_kernel(target: str, weight: str) -> bool:
     """Returns whether a Pallas kernel multiplies it, unless XLA's way is asked for."""
-    return target not in ("h100", "a100") and WEIGHTS[weight][1] is not None
+    columns = WEIGHTS[weight][1]
+    return columns is not None and (target, weight) != ("a100", "fp8-blocks")
 
 
 def figures_of(products: Sequence[Product]) -> Iterator[tuple[Product, Figures]]:
@@ -97,7 +99,7 @@ def compile_product(product: Product, folder: Path) -> Figures:
 
     from jaxserve.ops.linear import linear
     from jaxserve.planning.targets import compiler_options, devices_of
-    from scripts.compile_targets import count_dense
+    from scripts.compile_targets import KERNEL_CALLS, count_dense
 
     device = devices_of(product.target)[0]
     out_size, in_size = SHAPES[product.shape]
@@ -107,7 +109,7 @@ def compile_product(product: Product, folder: Path) -> Figures:
 
     with jax.set_mesh(Mesh([device], ("tensor",))):
         x = array((product.rows, in_size), jnp.bfloat16)
-        lowered = jax.jit(linear).lower(x, _weight_of(product, device.platform, array))
+        lowered = jax.jit(linear).lower(x, _weight_of(product, device, array))
         compiled = lowered.compile(compiler_options=compiler_options(product.target))
     text = compiled.as_text() or ""
     cycles = sum(map(int, re.findall(r'"estimated_cycles":"(\d+)"', text[text.index("ENTRY") :])))
@@ -117,6 +119,7 @@ def compile_product(product: Product, folder: Path) -> Figures:
         path.unlink()
     sizes: Any = compiled.memory_analysis()
     return Figures(
+        way="kernel" if re.search(KERNEL_CALLS, text) else "XLA",
         cycles=cycles,
         temp_bytes=sizes.temp_size_in_bytes,
         argument_bytes=sizes.argument_size_in_bytes,
@@ -124,10 +127,15 @@ def compile_product(product: Product, folder: Path) -> Figures:
     )
 
 
-def _weight_of(product: Product, platform: str, array: Any) -> Any:
+def _weight_of(product: Product, device: Any, array: Any) -> Any:
     import jax.numpy as jnp
 
-    from jaxserve.ops.quantization import Fused, QuantizedWeight, form_for
+    from jaxserve.ops.quantization import (
+        Kernel,
+        QuantizedWeight,
+        form_for,
+        has_kernel as has_kernel_for,
+    )
 
     out_size, in_size = SHAPES[product.shape]
     name, _, shared_rows, has_zero = WEIGHTS[product.weight]
@@ -135,8 +143,9 @@ def _weight_of(product: Product, platform: str, array: Any) -> Any:
     if product.weight == "bf16":
         return data
     form = form_for(
-        "gpu" if platform == "cuda" else platform,
+        "gpu" if device.platform == "cuda" else device.platform,
         is_native=False,
+        has_kernel=product.groups > 1 and has_kernel_for(device, jnp.dtype(name)),
         activations="float",
         num_groups=product.groups,
         has_zero=has_zero,
@@ -147,7 +156,7 @@ def _weight_of(product: Product, platform: str, array: Any) -> Any:
         scale=array((product.groups, out_size // shared_rows), jnp.float32),
         zero=array((product.groups, out_size), jnp.int8) if has_zero else None,
         rows=shared_rows,
-        form=Fused() if product.is_fused else form,
+        form=form.otherwise if product.is_xla and isinstance(form, Kernel) else form,
     )
 
 
@@ -192,23 +201,22 @@ def main() -> int:
         _work(options.products, options.worker)
         return 0
     products = [
-        Product(target=target, weight=weight, shape=shape, rows=rows, is_fused=is_fused)
+        Product(target=target, weight=weight, shape=shape, rows=rows, is_xla=is_xla)
         for target in options.target
         for weight in options.weights
         for shape in options.shape
         for rows in options.rows
-        for is_fused in (False, True)
-        if not is_fused or has_kernel(target, weight)
+        for is_xla in (False, True)
+        if not is_xla or has_kernel(target, weight)
     ]
     print(
         f"{'target':6} {'weight':10} {'shape':5} {'rows':>5} {'way':6} {'args MiB':>8} "
         f"{'temp MiB':>8} {'dense':>5} {'cycles':>10}"
     )
     for product, figures in figures_of(products):
-        is_kernel = has_kernel(product.target, product.weight) and not product.is_fused
         print(
             f"{product.target:6} {product.weight:10} {product.shape:5} {product.rows:5} "
-            f"{'kernel' if is_kernel else 'XLA':6} {figures.argument_bytes / 2**20:8.1f} "
+            f"{figures.way:6} {figures.argument_bytes / 2**20:8.1f} "
             f"{figures.temp_bytes / 2**20:8.1f} {figures.num_dense:5} {figures.cycles:10,}",
             flush=True,
         )

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.quantized_matmul import quantized_matmul, reference, refusal, tpu
+from pallas_kernels.quantized_matmul import quantized_matmul, reference, refusal, tpu, triton
 
 IN = 512
 
@@ -69,6 +69,15 @@ def test_the_kernel_is_what_the_numbers_stand_for(name, rows):
     check(multiply, rows, dtype, groups, has_zero, **shape)
 
 
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("rows", [3, 80])
+def test_the_triton_kernel_is_what_the_numbers_stand_for(name, rows):
+    dtype, groups, has_zero = small(name)
+    multiply = functools.partial(triton.quantized_matmul, interpret=True)
+    multiply = jax.jit(multiply, static_argnames=STATIC)
+    check(multiply, rows, dtype, groups, has_zero, in_=1024 if groups == 8 else IN)
+
+
 @pytest.mark.parametrize(
     ("out", "in_", "groups", "reason"),
     [
@@ -83,7 +92,9 @@ def test_the_kernel_is_what_the_numbers_stand_for(name, rows):
 def test_what_the_kernel_cannot_multiply_is_refused(out, in_, groups, reason):
     actual = refusal("tpu", out, in_, groups)
     assert actual is None if reason is None else reason in actual
-    if reason is not None:
+    if reason is None:
+        assert refusal("triton", out, in_, groups) is None
+    else:
         arrays = (jnp.zeros((2, in_)), jnp.zeros((out, in_), jnp.int8), jnp.zeros((groups, out)))
         with pytest.raises(ValueError, match=reason):
             quantized_matmul(*arrays, backend="tpu")
