@@ -16,6 +16,9 @@ from jaxserve.text.tool_parsers.tools import Tools
 
 # As `json.dumps` writes and templates show it; free white space would let small models run away.
 _JSON_OPTIONS = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+# Where a text can only go on in one way, the model still chooses the tokens that spell it:
+# llguidance would force the spelling of a tokenizer that the engine does not have.
+_OPTIONS = '%llguidance {"no_forcing": true}'
 _TEXT = r"TEXT: /(.|\n)*/"
 _SPACE = r"SPACE: /\s{1,4}/"
 _XML_TEXT = r"xml_text[lazy]: /(.|\n)*\n<\/parameter>\n/"
@@ -127,21 +130,21 @@ def call_grammar(
     more = "" if is_one else f"({literal(surface.between)} call)*"
     if not is_free:
         body = f"{literal(surface.start)} call {more} {literal(surface.end)}"
-        return "\n".join([f"start: {begin}{body}", *rules])
+        return "\n".join([_OPTIONS, f"start: {begin}{body}", *rules])
     assert surface.trigger, f"{surface=} has no trigger"
     unit = "call"
     if surface.start:
         rest = literal(surface.start.removeprefix(surface.trigger))
         unit = f"{rest} call {more} {literal(surface.end)}"
     rules.append(literal.text_to("head", surface.trigger))
-    return "\n".join([f"start: {begin}(head {unit})* TEXT", *rules])
+    return "\n".join([_OPTIONS, f"start: {begin}(head {unit})* TEXT", *rules])
 
 
 def text_grammar(thinking: Thinking, *, special_id: SpecialId, marks: Sequence[str]) -> str:
     """Returns the grammar of any text behind the thinking, which its marks tell from it."""
     begin = "thinking" if thinking.is_certain else "thinking?"
     rules = thinking.rules(_Literals(special_id, marks))
-    return "\n".join([f"start: {begin} TEXT", _TEXT, *rules])
+    return "\n".join([_OPTIONS, f"start: {begin} TEXT", _TEXT, *rules])
 
 
 @dataclass(frozen=True, kw_only=True)
