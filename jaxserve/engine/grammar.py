@@ -25,8 +25,8 @@ MAX_COMPILED = 32  # kept for the next request; each holds at most about 20 MB
 _MAX_REASON = 500  # characters of llguidance's
 _NUM_COMPILERS = 2
 
-# Smaller than llguidance's own, so that a compilation ends within a second and a mask within some
-# ten milliseconds, whatever the grammar.
+# Smaller than llguidance's own, so that a compilation ends within a second and a mask, at worst, in
+# some tenths of one, whatever the grammar.
 _LIMITS = llguidance.LLParserLimits(
     initial_lexer_fuel=200_000,
     step_lexer_fuel=50_000,

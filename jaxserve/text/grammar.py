@@ -19,6 +19,10 @@ MAX_BYTES = 256 * 2**10
 MAX_DEPTH = 64
 MAX_GBNF_BYTES = 8 * 2**10  # it is rewritten as Lark in Python
 
+# Where a text can only go on in one way, the model still chooses the tokens that spell it:
+# llguidance would force the spelling of a tokenizer that the engine does not have.
+NO_FORCING = '%llguidance {"no_forcing": true}'
+
 
 def grammar_for(params: StructuredOutputsParams, tokenizer: Tokenizer) -> Grammar:
     """Returns the grammar of the answers that `params` allows. Raises `RequestError`.
@@ -33,13 +37,15 @@ def grammar_for(params: StructuredOutputsParams, tokenizer: Tokenizer) -> Gramma
         case "json_object":
             source = _from_schema(params, {"type": "object"})
         case "regex":
-            source = LLMatcher.grammar_from_regex(_bounded(params, params.regex or ""))
+            source = _lark_of(LLMatcher.grammar_from_regex(_bounded(params, params.regex or "")))
         case "choice":
             source = _from_choice(params)
         case "grammar":
             source = _from_grammar(params)
         case _:
             source = _from_tags(params, tokenizer)
+    if "%llguidance" not in source:  # else it is the client's own, who decides
+        source = f"{NO_FORCING}\n{source}"
     return Grammar(source=source, param=params.param)
 
 
@@ -105,7 +111,7 @@ def _nests(value: Any) -> bool:
 
 
 def _from_schema(params: StructuredOutputsParams, schema: Any) -> str:
-    return json.dumps({"grammars": [{"json_schema": _with_options(params, schema)}]})
+    return f"start: %json {json.dumps(_with_options(params, schema))}"
 
 
 def _with_options(params: StructuredOutputsParams, schema: Any) -> Any:
@@ -158,9 +164,17 @@ def _from_grammar(params: StructuredOutputsParams) -> str:
         return text
     _bounded(params, text, MAX_GBNF_BYTES)
     try:
-        return grammar_from("gbnf", text)
+        return _lark_of(grammar_from("gbnf", text))
     except (ValueError, RecursionError) as error:
         raise params.error(f"grammar is neither Lark nor GBNF: {error!s:.500}") from error
+
+
+def _lark_of(source: str) -> str:
+    """Returns the Lark text in what llguidance's own converters return, without options."""
+    if not source.startswith("{"):
+        return source.replace("%llguidance {}", "", 1)
+    lark: str = json.loads(source)["grammars"][0]["lark_grammar"]
+    return lark
 
 
 def _from_tags(params: StructuredOutputsParams, tokenizer: Tokenizer) -> str:

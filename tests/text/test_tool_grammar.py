@@ -204,3 +204,11 @@ def test_schemas_with_definitions_keep_them(compiler):
         source = call_grammar(surface, {"t": schema}, special_id=lambda mark: None, marks=())
         assert allows(compiler, source, good)
         assert not allows(compiler, source, good.replace("C", "K"))
+
+
+@pytest.mark.parametrize("is_free", [True, False])
+def test_the_model_chooses_the_tokens_of_text_that_can_only_be_so(compiler, is_free):
+    matcher = compiler.matcher_for(Grammar(source=source_of("HERMES", is_free=is_free))).inner
+    matcher.consume_tokens(list(b"<tool_call>"))
+    assert matcher.compute_ff_tokens() == []
+    assert matcher.validate_tokens(list(b'\n{"name": "')) == 11

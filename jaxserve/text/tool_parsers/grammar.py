@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from jaxserve.text.grammar import NO_FORCING
 from jaxserve.text.tool_parsers import deepseek, harmony, hermes, mistral, qwen_xml
 from jaxserve.text.tool_parsers.tools import Tools
 
@@ -127,21 +128,21 @@ def call_grammar(
     more = "" if is_one else f"({literal(surface.between)} call)*"
     if not is_free:
         body = f"{literal(surface.start)} call {more} {literal(surface.end)}"
-        return "\n".join([f"start: {begin}{body}", *rules])
+        return "\n".join([NO_FORCING, f"start: {begin}{body}", *rules])
     assert surface.trigger, f"{surface=} has no trigger"
     unit = "call"
     if surface.start:
         rest = literal(surface.start.removeprefix(surface.trigger))
         unit = f"{rest} call {more} {literal(surface.end)}"
     rules.append(literal.text_to("head", surface.trigger))
-    return "\n".join([f"start: {begin}(head {unit})* TEXT", *rules])
+    return "\n".join([NO_FORCING, f"start: {begin}(head {unit})* TEXT", *rules])
 
 
 def text_grammar(thinking: Thinking, *, special_id: SpecialId, marks: Sequence[str]) -> str:
     """Returns the grammar of any text behind the thinking, which its marks tell from it."""
     begin = "thinking" if thinking.is_certain else "thinking?"
     rules = thinking.rules(_Literals(special_id, marks))
-    return "\n".join([f"start: {begin} TEXT", _TEXT, *rules])
+    return "\n".join([NO_FORCING, f"start: {begin} TEXT", _TEXT, *rules])
 
 
 @dataclass(frozen=True, kw_only=True)
