@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from jaxserve.beam_search import BeamSearchParams
+    from jaxserve.engine.repetition import RepetitionDetection
     from jaxserve.engine.request import SamplingParams
     from jaxserve.llm import LLM, generate
     from jaxserve.outputs import CompletionOutput, RequestOutput
@@ -21,6 +22,7 @@ __all__ = [
     "LLM",
     "BeamSearchParams",
     "CompletionOutput",
+    "RepetitionDetection",
     "RequestOutput",
     "SamplingParams",
     "StructuredOutputsParams",
@@ -32,6 +34,7 @@ _HOMES = {
     "BeamSearchParams": "jaxserve.beam_search",
     "LLM": "jaxserve.llm",
     "generate": "jaxserve.llm",
+    "RepetitionDetection": "jaxserve.engine.repetition",
     "SamplingParams": "jaxserve.engine.request",
     "RequestOutput": "jaxserve.outputs",
     "StructuredOutputsParams": "jaxserve.structured_outputs",

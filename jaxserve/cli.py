@@ -10,20 +10,21 @@ import argparse
 import dataclasses
 import os
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
-from jaxserve.config import (
-    EngineConfig,
-    Option,
-    ServerConfig,
-    from_table,
-    nearest,
-    options_of,
-    parse_text,
-)
+from jaxserve.config import EngineConfig, ServerConfig, from_table, nearest
 from jaxserve.errors import ConfigError, JaxserveError
+from jaxserve.flags import (
+    Parser,
+    VersionAction,
+    add_options,
+    given_options,
+    one_line,
+    unknown_message,
+    with_dashes,
+)
 from jaxserve.options import (
     BatchOptions,
     ChatOptions,
@@ -38,17 +39,6 @@ from jaxserve.options import (
 T = TypeVar("T")
 
 
-class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are one line, exit status 2."""
-
-    def __init__(self, **keywords: Any) -> None:
-        super().__init__(allow_abbrev=False, **keywords)
-
-    def error(self, message: str) -> NoReturn:
-        """Prints the message and exits with status 2."""
-        self.exit(2, f"jaxserve: error: {_one_line(message)}\n")
-
-
 def run(argv: Sequence[str]) -> int:
     """Runs the command that `argv` names and returns the exit status."""
     args = _parse(argv)
@@ -58,7 +48,7 @@ def run(argv: Sequence[str]) -> int:
     try:
         return int(args.command(args))
     except JaxserveError as error:
-        print(f"jaxserve: error: {_one_line(str(error))}", file=sys.stderr)
+        print(f"jaxserve: error: {one_line(str(error))}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130
@@ -73,16 +63,16 @@ def serve_configs(argv: Sequence[str]) -> tuple[EngineConfig, ServerConfig]:
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
-    args, unknown = build_parser().parse_known_args(_with_dashes(argv))
+    args, unknown = build_parser().parse_known_args(with_dashes(argv))
     if unknown:
-        _fail(args, _unknown_message(unknown, args.flags))
+        _fail(args, unknown_message(unknown, args.flags))
     return args
 
 
 def build_parser() -> Parser:
     """Returns the parser of all commands. Flags that are not given leave no attribute behind."""
     parser = Parser(prog="jaxserve", description="Serves language models with JAX.")
-    parser.add_argument("--version", action=_VersionAction)
+    parser.add_argument("--version", action=VersionAction)
     parser.set_defaults(command=None, parser=parser, flags=("--version", "--help"))
     commands = parser.add_subparsers(metavar="COMMAND", title="commands")
     _add_command(
@@ -146,96 +136,14 @@ def _add_command(
     flags: list[str] = ["--help"]
     # The command's own options come first and win: `chat --api-key` is the client's key.
     if options is not None:
-        flags += _add_options(parser, options, f"{name} options")
+        flags += add_options(parser, options, f"{name} options")
     if with_engine:
         parser.add_argument("MODEL", nargs="?", help="model to load (default: demo)")
         parser.add_argument("--config", metavar="FILE", help="TOML with [engine] and [server]")
-        flags += ["--config", *_add_options(parser, EngineConfig, "engine options")]
+        flags += ["--config", *add_options(parser, EngineConfig, "engine options")]
     if with_server:
-        flags += _add_options(parser, ServerConfig, "server options")
+        flags += add_options(parser, ServerConfig, "server options")
     parser.set_defaults(command=command, parser=parser, flags=tuple(flags))
-
-
-def _add_options(parser: Parser, cls: type, title: str) -> list[str]:
-    """Adds one flag for each field of `cls` and returns the flags' names."""
-    group = parser.add_argument_group(title)
-    added: list[str] = []
-    for item in options_of(cls):
-        flags = [_flag(name) for name in (item.name, *item.aliases)]
-        keywords: dict[str, Any] = {"help": _help(item), "default": argparse.SUPPRESS}
-        if item.kind is bool:
-            keywords["action"] = argparse.BooleanOptionalAction
-            added += [f"--no-{name.lstrip('-')}" for name in flags]
-        else:
-            keywords["type"] = _text_parser(item)
-            keywords["metavar"] = "|".join(item.choices) if item.is_closed else _METAVARS[item.kind]
-        if item.kind is tuple:
-            keywords["action"] = "append"
-            keywords["type"] = str
-        group.add_argument(*flags, dest=_dest(cls, item.name), **keywords)
-        added += flags
-    return added
-
-
-_METAVARS: dict[type, str] = {int: "N", float: "X", str: "TEXT", tuple: "TEXT"}
-
-
-def _flag(name: str) -> str:
-    return f"-{name}" if len(name) == 1 and name != "n" else f"--{name.replace('_', '-')}"
-
-
-def _dest(cls: type, name: str) -> str:
-    return f"{cls.__name__}.{name}"
-
-
-def _help(item: Option) -> str:
-    is_silent = item.default in ((), "", None) or "(default" in item.help
-    shown = "" if is_silent or item.kind is bool else f" (default: {item.default})"
-    if item.kind is bool:
-        shown = f" (default: {'on' if item.default else 'off'})"
-    return (item.help + shown).replace("%", "%%")
-
-
-def _text_parser(item: Option) -> Callable[[str], Any]:
-    def parse(text: str) -> Any:
-        try:
-            return parse_text(item, text)
-        except ConfigError as error:
-            raise argparse.ArgumentTypeError(str(error)) from None
-
-    return parse
-
-
-class _VersionAction(argparse.Action):
-    """Prints the version."""
-
-    def __init__(self, option_strings: Sequence[str], dest: str, **keywords: Any) -> None:
-        super().__init__(option_strings, argparse.SUPPRESS, nargs=0, help="print the version")
-
-    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
-        from jaxserve import __version__
-
-        print(f"jaxserve {__version__}")
-        parser.exit()
-
-
-def _with_dashes(argv: Iterable[str]) -> list[str]:
-    """Returns argv with `--max_model_len` spelt `--max-model-len`; values stay as they are."""
-    words = []
-    for word in argv:
-        if word.startswith("--"):
-            flag, equals, value = word.partition("=")
-            word = flag.replace("_", "-") + equals + value
-        words.append(word)
-    return words
-
-
-def _unknown_message(unknown: Sequence[str], flags: Sequence[str]) -> str:
-    word = next((word for word in unknown if word.startswith("-")), unknown[0]).partition("=")[0]
-    if not word.startswith("-"):
-        return f"unexpected argument {word!r}"
-    near = nearest(word, flags)
-    return f"unknown flag {word}" + (f"; did you mean {near}?" if near else "; see --help")
 
 
 def _fail(args: argparse.Namespace, message: str) -> NoReturn:
@@ -244,23 +152,9 @@ def _fail(args: argparse.Namespace, message: str) -> NoReturn:
     parser.error(message)
 
 
-def _one_line(text: str) -> str:
-    return " ".join(text.split())
-
-
-def _given(args: argparse.Namespace, cls: type) -> dict[str, Any]:
-    """Returns the options of `cls` that were given as flags, by field name."""
-    prefix = _dest(cls, "")
-    return {
-        key.removeprefix(prefix): value
-        for key, value in vars(args).items()
-        if key.startswith(prefix)
-    }
-
-
 def _options(args: argparse.Namespace, cls: type[T]) -> T:
     try:
-        return from_table(cls, _given(args, cls))
+        return from_table(cls, given_options(args, cls))
     except ConfigError as error:
         _fail(args, str(error))
 
@@ -271,9 +165,9 @@ def _configs(args: argparse.Namespace) -> tuple[EngineConfig, ServerConfig]:
         tables = read_toml(Path(args.config)) if args.config else {"engine": {}, "server": {}}
     except ConfigError as error:
         _fail(args, str(error))
-    engine = tables["engine"] | _given(args, EngineConfig)
+    engine = tables["engine"] | given_options(args, EngineConfig)
     if args.MODEL is not None:
-        if engine.get("model", args.MODEL) != args.MODEL and _given(args, EngineConfig).get(
+        if engine.get("model", args.MODEL) != args.MODEL and given_options(args, EngineConfig).get(
             "model"
         ):
             _fail(args, f"MODEL is {args.MODEL} and --model is {engine['model']}; give one")
@@ -281,7 +175,7 @@ def _configs(args: argparse.Namespace) -> tuple[EngineConfig, ServerConfig]:
     server = tables["server"]
     if key := os.environ.get("JAXSERVE_API_KEY"):
         server["api_key"] = (key,)
-    server |= _given(args, ServerConfig)
+    server |= given_options(args, ServerConfig)
     return from_table(EngineConfig, engine), from_table(ServerConfig, server)
 
 

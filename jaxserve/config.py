@@ -152,6 +152,9 @@ class ServerConfig:
         64 * 2**20, "memory for stored responses, e.g. `64MiB`; those used last are kept", low=1
     )
     enable_prompt_tokens_details: bool = option(False, "report cached prompt tokens in usage")
+    enable_force_include_usage: bool = option(
+        False, "end every stream with its usage, whether asked for or not"
+    )
     enable_request_id_headers: bool = option(False, "answer with the header X-Request-Id")
     enable_tokenizer_info_endpoint: bool = option(False, "serve GET /tokenizer_info")
     disable_docs: bool = option(

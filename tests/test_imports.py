@@ -27,7 +27,7 @@ LAYERS = (
     ("jaxserve.server",),
     ("jaxserve.llm",),
     ("jaxserve",),
-    ("jaxserve.address", "jaxserve.options"),
+    ("jaxserve.address", "jaxserve.flags", "jaxserve.options"),
     ("jaxserve.planning",),
     (
         "jaxserve.bench",
@@ -47,6 +47,7 @@ HOST_MODULES = (
     "jaxserve.errors",
     "jaxserve.config",
     "jaxserve.cli",
+    "jaxserve.flags",
     "jaxserve.options",
     "jaxserve.address",
     "jaxserve.repl",

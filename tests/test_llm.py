@@ -11,7 +11,7 @@ import time
 import pytest
 
 import jaxserve.llm
-from jaxserve import LLM, BeamSearchParams, SamplingParams, generate
+from jaxserve import LLM, BeamSearchParams, RepetitionDetection, SamplingParams, generate
 from jaxserve.errors import ConfigError, EngineStopped, RequestError
 from jaxserve.server.model_text import ModelText
 from jaxserve.text.chat_template import ChatTemplate
@@ -65,6 +65,14 @@ def test_beams_come_best_first_with_their_prompt(engines):
         "length",
     )
     assert [entry[97].logprob for entry in beam.logprobs] == [-1.0, -1.0]
+
+
+def test_an_answer_that_goes_round_in_circles_ends(engines):
+    watch = RepetitionDetection(max_pattern_size=2, min_count=4)
+    with LLM() as llm:
+        (output,) = run(llm, "ab", SamplingParams(max_tokens=50, repetition_detection=watch))
+    sample = output.outputs[0]
+    assert (sample.text, sample.finish_reason) == ("abababab", "repetition")
 
 
 def test_results_come_in_the_order_of_the_prompts(engines):

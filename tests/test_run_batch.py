@@ -55,20 +55,19 @@ def test_every_line_gets_its_reply(model, tmp_path):
     assert len(replies["many"]["response"]["body"]["choices"]) == 12
 
 
-@pytest.mark.parametrize(
-    ("asked", "status", "param"),
-    [
-        ({"temperature": 9}, 400, "temperature"),
-        ({"model": "gpt"}, 404, "model"),
-        ({"stream": True}, 400, "body.stream"),
-        ({"url": "/v1/embeddings"}, 400, "url"),
-    ],
-)
-def test_a_line_that_is_refused_says_why(model, tmp_path, asked, status, param):
-    reply = run(model, tmp_path, [line("a", **asked)])["a"]
-    assert reply["response"]["status_code"] == status
-    assert reply["response"]["body"] is None
-    assert (reply["error"]["param"], reply["error"]["code"]) == (param, status)
+def test_a_line_that_is_refused_says_why(model, tmp_path):
+    refused = {
+        "hot": ({"temperature": 9}, 400, "temperature"),
+        "unknown": ({"model": "gpt"}, 404, "model"),
+        "streams": ({"stream": True}, 400, "body.stream"),
+        "elsewhere": ({"url": "/v1/embeddings"}, 400, "url"),
+    }
+    replies = run(model, tmp_path, [line(name, **asked) for name, (asked, *_) in refused.items()])
+    for name, (_, status, param) in refused.items():
+        reply = replies[name]
+        assert reply["response"]["status_code"] == status
+        assert reply["response"]["body"] is None
+        assert (reply["error"]["param"], reply["error"]["code"]) == (param, status)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from jaxserve.beam_search import Beam, BeamSearch, BeamSearchParams, Candidates
 from jaxserve.engine.request import Request, Update
 from jaxserve.errors import EngineStopped
-from jaxserve.server.generate import Generation
+from jaxserve.server.generate import Generation, start
 from jaxserve.server.protocol.common import GenerationFields
 from jaxserve.server.state import ServerState
 
@@ -98,14 +98,26 @@ class BeamUpdates:
         return found
 
 
-def beam_generation(
+async def admit(
     state: ServerState,
     body: GenerationFields,
     prompts: Sequence[Sequence[Request]],
     *,
-    num_reasoning: Callable[[], int] | None = None,
+    is_echo_only: bool = False,  # the client asked for no token
+    num_reasoning: Callable[[], int] | None = None,  # tokens; None: nobody can tell
 ) -> Generation:
-    """Returns the generation of a request with `use_beam_search`. Raises `RequestError`."""
+    """Returns the generation of all requests: a beam search, where the body asks for one."""
+    if body.use_beam_search:
+        return _beam_generation(state, body, prompts, num_reasoning)
+    return await start(state, prompts, is_echo_only=is_echo_only, num_reasoning=num_reasoning)
+
+
+def _beam_generation(
+    state: ServerState,
+    body: GenerationFields,
+    prompts: Sequence[Sequence[Request]],
+    num_reasoning: Callable[[], int] | None,
+) -> Generation:
     _, info, _ = state.loaded()
     asked = prompts[0][0].params
     assert asked.max_tokens is not None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
@@ -36,6 +36,7 @@ from jaxserve.server.protocol.chat import (
     TokenLogprob,
     TopLogprob,
 )
+from jaxserve.server.protocol.common import StreamOptions, stream_options
 from jaxserve.server.protocol.tools import delta_body, message_body
 from jaxserve.server.reading import Reading
 from jaxserve.server.state import ServerState
@@ -54,7 +55,8 @@ class Reply:
     body: ChatRequest
     generation: Generation
     reading: Reading
-    stream_interval: int  # of streams whose request names none
+    stream_interval: int = 1
+    stream_options: StreamOptions = field(default_factory=StreamOptions)
     echoed: str = ""  # goes before each answer
     prompt_text: str | None = None  # where the client asked for it
 
@@ -77,7 +79,8 @@ async def create_chat_completion(http: HttpRequest) -> Response:
         body=body,
         generation=conversation.generation,
         reading=conversation.reading,
-        stream_interval=state.config.stream_interval,
+        stream_interval=body.stream_interval or state.config.stream_interval,
+        stream_options=stream_options(body, forces_usage=state.config.enable_force_include_usage),
     )
     if body.stream:
         chunks = _chunk_writer(reply)
@@ -167,14 +170,14 @@ def _top_logprob(entry: TokenText, as_ids: bool) -> TopLogprob:
 def _chunk_writer(reply: Reply) -> ChunkWriter:
     return ChunkWriter(
         reply.generation,
-        reply.body.stream_options,
+        reply.stream_options,
         reply_id=reply.id,
         created=reply.created,
         model=reply.model,
         kind="chat.completion.chunk",
         text_start=b',"delta":{"content":',
         text_end=b"}",
-        interval=reply.body.stream_interval or reply.stream_interval,
+        interval=reply.stream_interval,
     )
 
 

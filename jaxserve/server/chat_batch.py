@@ -100,7 +100,6 @@ async def create_chat_batch(http: HttpRequest) -> Response:
                 body=conversation,
                 generation=generation,
                 reading=reading,
-                stream_interval=1,
             ),
             [outcome],
         )

@@ -28,7 +28,7 @@ class ChunkWriter:
     def __init__(
         self,
         generation: Generation,
-        options: StreamOptions | None,
+        options: StreamOptions,
         *,
         reply_id: str,
         created: int,
@@ -39,7 +39,6 @@ class ChunkWriter:
         interval: int = 1,  # tokens to a chunk
     ) -> None:
         self._interval = interval
-        options = options or StreamOptions()
         self._generation = generation
         self._has_last_usage = bool(options.include_usage)
         self._has_usage = bool(options.continuous_usage_stats)

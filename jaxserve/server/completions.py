@@ -16,7 +16,7 @@ from starlette.responses import Response
 from jaxserve.engine.request import ALL_LOGPROBS, Request, SamplingParams
 from jaxserve.errors import RequestError
 from jaxserve.generation import Delta, PositionLogprobs, build_requests
-from jaxserve.server.beams import beam_generation
+from jaxserve.server.beams import admit
 from jaxserve.server.body import read_body
 from jaxserve.server.chunks import ChunkWriter
 from jaxserve.server.events import JSON, EventStream, while_connected
@@ -32,12 +32,11 @@ from jaxserve.server.generate import (
     priority_of,
     prompt_logprobs_body,
     shown,
-    start,
     token_name,
 )
 from jaxserve.server.pacing import kept_alive
 from jaxserve.server.prompts import prompt_reader
-from jaxserve.server.protocol.common import sampling_params
+from jaxserve.server.protocol.common import StreamOptions, sampling_params, stream_options
 from jaxserve.server.protocol.completions import (
     Completion,
     CompletionChoice,
@@ -65,7 +64,8 @@ class _Reply:
     prompt_texts: Sequence[str]  # for echo; empty without
     tokenizer: Tokenizer
     generation: Generation
-    stream_interval: int  # of streams whose request names none
+    stream_interval: int
+    stream_options: StreamOptions
 
 
 async def create_completion(http: HttpRequest) -> Response:
@@ -100,12 +100,9 @@ async def create_completion(http: HttpRequest) -> Response:
         body=body,
         prompt_texts=texts,
         tokenizer=text.tokenizer,
-        generation=(
-            beam_generation(state, body, requests)
-            if body.use_beam_search
-            else await start(state, requests, is_echo_only=body.max_tokens == 0)
-        ),
-        stream_interval=state.config.stream_interval,
+        generation=await admit(state, body, requests, is_echo_only=body.max_tokens == 0),
+        stream_interval=body.stream_interval or state.config.stream_interval,
+        stream_options=stream_options(body, forces_usage=state.config.enable_force_include_usage),
     )
     record_of(http.scope).generation = reply.generation
     if body.stream:
@@ -280,12 +277,12 @@ def _writer(reply: _Reply, chunks: ChunkWriter) -> Callable[[Sample, Delta], byt
 def _chunk_writer(reply: _Reply) -> ChunkWriter:
     return ChunkWriter(
         reply.generation,
-        reply.body.stream_options,
+        reply.stream_options,
         reply_id=reply.id,
         created=reply.created,
         model=reply.model,
         kind="text_completion",
         text_start=b',"text":',
         text_end=b"",
-        interval=reply.body.stream_interval or reply.stream_interval,
+        interval=reply.stream_interval,
     )

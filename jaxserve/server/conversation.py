@@ -17,7 +17,7 @@ from starlette.requests import Request as HttpRequest
 from jaxserve.engine.request import Request, SamplingParams
 from jaxserve.errors import PromptTooLong
 from jaxserve.generation import Delta, build_requests
-from jaxserve.server.beams import beam_generation
+from jaxserve.server.beams import admit
 from jaxserve.server.cutting import build_cut
 from jaxserve.server.generate import (
     Generation,
@@ -26,7 +26,6 @@ from jaxserve.server.generate import (
     off_loop,
     params_named,
     priority_of,
-    start,
 )
 from jaxserve.server.pacing import Pacer
 from jaxserve.server.protocol.chat import ChatRequest
@@ -97,10 +96,7 @@ async def converse(
     )
     _, _, text = state.loaded()
     num_reasoning = prompt.reading.num_reasoning if text.format.reasoning is not None else None
-    if body.use_beam_search:
-        generation = beam_generation(state, body, [prompt.requests], num_reasoning=num_reasoning)
-    else:
-        generation = await start(state, [prompt.requests], num_reasoning=num_reasoning)
+    generation = await admit(state, body, [prompt.requests], num_reasoning=num_reasoning)
     record_of(http.scope).generation = generation
     return Conversation(
         generation=generation,

@@ -112,6 +112,10 @@ def refused(response: httpx2.Response, status: int) -> dict:
         ({"prompt": "a", "use_beam_search": True, "top_k": 5}, "top_k"),
         ({"prompt": "a", "use_beam_search": True, "temperature": 0.5}, "temperature"),
         ({"prompt": "a", "use_beam_search": True, "stop": "x"}, "stop"),
+        (
+            {"prompt": "a", "use_beam_search": True, "structured_outputs": {"regex": "a"}},
+            "structured_outputs",
+        ),
         ({"prompt": "a", "use_beam_search": True, "echo": True, "logprobs": 1}, "echo"),
         ({"prompt": "a", "use_beam_search": True, "n": 11}, "n"),
         ({"prompt": "a", "use_beam_search": True, "length_penalty": 200}, "length_penalty"),

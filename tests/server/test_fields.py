@@ -123,6 +123,18 @@ def test_the_server_has_a_stream_interval_of_its_own():
         assert len(stream(http, "/v1/completions", stream_interval=1, **body)) > 3
 
 
+def test_usage_may_end_every_stream():
+    config = ServerConfig(enable_force_include_usage=True)
+    with EchoServer(config) as server, httpx2.Client(base_url=server.url) as http:
+        for path, body in (
+            ("/v1/completions", {"prompt": "hi", "max_tokens": 2}),
+            ("/v1/chat/completions", {"messages": HI, "max_tokens": 2}),
+        ):
+            *chunks, last = stream(http, path, **body)
+            assert (last["choices"], last["usage"]["completion_tokens"]) == ([], 2)
+            assert all(chunk["usage"] is None for chunk in chunks)
+
+
 def test_repetition_ends_the_answer(http):
     watch = {"max_pattern_size": 3, "min_count": 3}
     body = {"prompt": "abc", "max_tokens": 60, "logprobs": 0, "repetition_detection": watch}
@@ -224,6 +236,7 @@ def test_a_slow_template_holds_nobody_up(http):
         while not slow.done():
             assert http.get("/health").status_code == 200
             times_s.append(time.monotonic())
+            time.sleep(0.01)
     assert slow.result().status_code == 400
     assert "exceeded 1 s of CPU time" in slow.result().json()["error"]["message"]
     longest_s = max(after - before for before, after in itertools.pairwise(times_s))

@@ -1,8 +1,10 @@
 """The command line's server on the demo's real weights, over a socket."""
 
+import json
 import signal
 import sys
 
+import jsonschema
 import openai
 import pytest
 
@@ -65,3 +67,24 @@ def test_the_echoed_prompt_is_scored(client):
 def test_sigterm_ends_the_server_with_0(server):
     server.process.send_signal(signal.SIGTERM)
     assert server.process.wait(60) == 0
+
+
+def test_an_answer_keeps_to_its_schema(client):
+    schema = {
+        "type": "object",
+        "properties": {
+            "city": {"type": "string", "maxLength": 20},
+            "population": {"type": "integer", "minimum": 0, "maximum": 100_000_000},
+        },
+        "required": ["city", "population"],
+        "additionalProperties": False,
+    }
+    reply = client.chat.completions.create(
+        model="demo",
+        messages=[{"role": "user", "content": "Name a city and its population, in JSON."}],
+        max_tokens=80,
+        temperature=0,
+        response_format={"type": "json_schema", "json_schema": {"name": "city", "schema": schema}},
+    )
+    assert reply.choices[0].finish_reason == "stop"
+    jsonschema.validate(json.loads(reply.choices[0].message.content), schema)

@@ -233,6 +233,16 @@ def test_what_cannot_be_honoured_is_refused_with_the_reason(http, outputs, said)
             "structured_outputs.whitespace_pattern",
         ),
         ({"guided_decoding_backend": "outlines"}, "guided_decoding_backend", "not supported"),
+        (
+            {"structured_outputs": {"regex": "a"}, "use_beam_search": True, "n": 2},
+            "structured_outputs",
+            "use_beam_search",
+        ),
+        (
+            {"response_format": {"type": "json_object"}, "use_beam_search": True, "n": 2},
+            "response_format",
+            "use_beam_search",
+        ),
     ],
 )
 def test_a_bad_field_is_refused_in_both_endpoints(http, body, param, said):

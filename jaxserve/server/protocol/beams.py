@@ -30,6 +30,8 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "prompt_logprobs": (None,),
     "logprob_token_ids": (None, []),
     "repetition_detection": (None,),
+    "structured_outputs": (None,),
+    "response_format": (None, {"type": "text"}),
 }
 
 

@@ -161,6 +161,12 @@ def check_fields(
             )
 
 
+def stream_options(body: GenerationFields, *, forces_usage: bool) -> StreamOptions:
+    """Returns what the request's stream carries; the server may add the usage at its end."""
+    options = body.stream_options or StreamOptions()
+    return msgspec.structs.replace(options, include_usage=True) if forces_usage else options
+
+
 def _check_stream(body: GenerationFields) -> None:
     if body.stream_interval is not None and body.stream_interval < 1:
         raise RequestError(
