@@ -56,7 +56,7 @@ class EngineConfig:
         "type of the KV cache: `auto` is the weights', `fp8` is fp8_e4m3; fp8 and int8 take the "
         "checkpoint's scales, else fp8 takes 1 and int8 measures its own",
     )
-    attention_backend: Literal["auto", "reference", "tpu", "gpu"] = option(
+    attention_backend: Literal["auto", "reference", "tpu", "gpu", "triton"] = option(
         "auto",
         "attention kernel; `auto` is the one made for the device, else the reference; `reference` "
         "keeps experts off kernels, too",

@@ -70,18 +70,26 @@ def _host_facts() -> Iterator[tuple[str, str]]:
 
 
 def _device_facts(devices: list[jax.Device]) -> Iterator[tuple[str, str]]:
-    from pallas_kernels.ragged_paged_attention import KERNELS, device_refusal
-
     for device in devices:
         stats = device.memory_stats() or {}
         limit, used = stats.get("bytes_limit"), stats.get("bytes_in_use", 0)
         memory = f"{_gib(limit)}, {_gib(used)} in use" if limit else "memory shared with the host"
         yield f"device {device.id}", f"{device.platform} {device.device_kind}: {memory}"
-        backend = KERNELS.get(device.platform, "reference")
-        reason = device_refusal(backend, device)
-        chosen = backend if reason is None else f"reference; the {backend} kernel: {reason}"
-        yield "  attention", chosen
+        yield "  attention", _attention_of(device)
     yield "compile cache", f"{compile_cache_path(EngineConfig())} (--compile-cache-dir)"
+
+
+def _attention_of(device: jax.Device) -> str:
+    """Returns which kernel a device gets, and why not a better one."""
+    from pallas_kernels.ragged_paged_attention import KERNELS, device_refusal
+
+    refused = ""
+    for backend in KERNELS.get(device.platform, ()):
+        reason = device_refusal(backend, device)
+        if reason is None:
+            return backend + refused
+        refused += f"; {backend} kernel: {reason}"
+    return "reference" + refused
 
 
 def _gib(count: int) -> str:

@@ -114,7 +114,7 @@ class LatencyBenchOptions:
 class PlanOptions:
     """Options of `jaxserve plan`."""
 
-    device: Literal["v5e", "v6e", "v5p", "7x", "h100"] = option(
+    device: Literal["v5e", "v6e", "v5p", "7x", "h100", "a100", "a10", "l4"] = option(
         "v5e", "device to compile for; none need be here"
     )
     recommend: bool = option(False, "compare meshes of all devices instead, without compiling")

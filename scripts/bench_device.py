@@ -36,6 +36,8 @@ from scripts.device_limits import measured_limits  # noqa: E402
 from scripts.model_shapes import MODELS  # noqa: E402
 
 _WARM_STEPS = 8
+# Of a number, scales and zeros of int4 included. Some of int4's matrices have 8 bits.
+_QUANTIZED_BYTES = {"int8": 1.0, "fp8": 1.0, "int4": 0.5 + 5 / 32}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,8 +67,16 @@ class ModelSize:
         return rate / (2 * self.layer_weights + self.pair_flops * context / 2)
 
 
-def model_size(hf_config: dict[str, Any], weight_bytes: int, kv_bytes: int) -> ModelSize:
-    """Returns the size of a model whose numbers take `weight_bytes` and `kv_bytes` each."""
+def model_size(
+    hf_config: dict[str, Any],
+    weight_bytes: int,
+    kv_bytes: int,
+    quantization: str = "auto",
+) -> ModelSize:
+    """Returns the size of a model whose numbers take `weight_bytes` and `kv_bytes` each.
+
+    The numbers of quantised layers take less.
+    """
     hidden, vocab = hf_config["hidden_size"], hf_config["vocab_size"]
     head_dim = hf_config.get("head_dim") or hidden // hf_config["num_attention_heads"]
     layers, kv_heads = hf_config["num_hidden_layers"], hf_config["num_key_value_heads"]
@@ -74,7 +84,10 @@ def model_size(hf_config: dict[str, Any], weight_bytes: int, kv_bytes: int) -> M
     weights = layers * hidden * (2 * num_heads * head_dim + 2 * kv_heads * head_dim + 3 * ffw)
     return ModelSize(
         layer_weights=weights,
-        step_bytes=(weights + hidden * vocab) * weight_bytes,
+        step_bytes=int(
+            weights * _QUANTIZED_BYTES.get(quantization, weight_bytes)
+            + hidden * vocab * weight_bytes
+        ),
         token_bytes=2 * layers * kv_heads * head_dim * kv_bytes,
         pair_flops=4 * layers * num_heads * head_dim,
     )
@@ -175,6 +188,8 @@ def engine_for(model: str, hf_config: dict[str, Any], options: argparse.Namespac
                 for batch in options.batch
             ),
             gpu_memory_utilization=options.gpu_memory_utilization,
+            quantization=options.quantization,
+            kv_cache_dtype=options.kv_cache_dtype,
             **({"dtype": options.dtype} if options.dtype else {}),
         )
         return EngineCore(config, lambda line: print(line.replace(folder, model), file=sys.stderr))
@@ -190,6 +205,8 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=64, help="decode steps that are timed")
     parser.add_argument("--max-num-batched-tokens", type=int, default=2048)
     parser.add_argument("--dtype", help="of the weights; default: the device's")
+    parser.add_argument("--quantization", default="auto", help="as `jaxserve serve` takes it")
+    parser.add_argument("--kv-cache-dtype", default="auto", help="as `jaxserve serve` takes it")
     parser.add_argument("--gpu-memory-utilization", type=float, default=0.9)
     parser.add_argument("--transformers", action="store_true", help="run transformers as well")
     options = parser.parse_args()
@@ -203,10 +220,11 @@ def main() -> int:
     number_bytes = (
         jnp.dtype(name).itemsize for name in (core.info.dtype, core.info.kv_cache_dtype)
     )
-    size = model_size(hf_config, *number_bytes)
+    size = model_size(hf_config, *number_bytes, options.quantization)
     print(
         f"{options.model} ({hf_config['num_hidden_layers']} layers), {core.info.device}, "
-        f"{core.info.dtype}, attention {core.info.attention}"
+        f"{core.info.dtype}, quantization {options.quantization}, "
+        f"attention {core.info.attention}"
     )
     print(
         f"{'batch':>5} {'context':>7} {'prefill':>9} {'share':>6} {'decode':>9} {'bound':>9} "

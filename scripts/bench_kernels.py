@@ -1,12 +1,15 @@
 #!/usr/bin/env python
-"""Times attention kernels on the device at hand, against what its memory and arithmetic allow.
+"""Times kernels on the device at hand, against what its memory and arithmetic allow.
 
-    python scripts/bench_kernels.py --backend gpu reference --dtype bfloat16
+    python scripts/bench_kernels.py --backend gpu triton reference --dtype bfloat16
+
+Attention first, by every backend asked for; then products with stored weights, in the form that the
+device gets and, where that is a kernel, in XLA's; then products of experts.
 
 Needs jax, flax and numpy, and a device that the backend runs on; nothing is installed or fetched.
 Each time is of one layer, from a program that attends many times in a row with the cache in place.
 "share" is the bound over the time: keys and values read at the measured copy bandwidth for decode,
-products at the measured matrix rate for prefill.
+products at the measured matrix rate for prefill; for products, weights at the one or the other.
 """
 
 from __future__ import annotations
@@ -27,6 +30,15 @@ import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 from jax import lax  # noqa: E402
 
+from jaxserve.ops.linear import linear  # noqa: E402
+from jaxserve.ops.quantization import (  # noqa: E402
+    Fused,
+    QuantizedWeight,
+    form_for,
+    has_kernel,
+    multiplies_natively,
+)
+from pallas_kernels.grouped_matmul import grouped_matmul  # noqa: E402
 from pallas_kernels.ragged_paged_attention import (  # noqa: E402
     Backend,
     LayerCache,
@@ -147,6 +159,96 @@ def rows(
             )
 
 
+# Type, columns that share a scale (None: all of a row), and whether there are zeros.
+WEIGHTS: dict[str, tuple[str, int | None, bool]] = {
+    "bfloat16": ("bfloat16", None, False),
+    "int8": ("int8", None, False),
+    "float8": ("float8_e4m3fn", None, False),
+    "float8 by 128": ("float8_e4m3fn", 128, False),
+    "int4 by 32": ("int4", 32, True),
+}
+PRODUCT_ROWS = (16, 64, 256, 2048)
+_NUM_WEIGHTS = 4  # that follow each other in a program: what one needs is not left from the last
+
+
+def weights_of(name: str, size: int) -> Iterator[tuple[str, list[jax.Array | QuantizedWeight]]]:
+    """Yields how square matrices of a kind may be multiplied, and some of them."""
+    dtype, columns, has_zero = WEIGHTS[name]
+    keys = jax.random.split(jax.random.key(0), _NUM_WEIGHTS)
+    if columns is None and dtype == "bfloat16":
+        yield "XLA", [jax.random.normal(key, (size, size), jnp.bfloat16) for key in keys]
+        return
+    device, groups = jax.devices()[0], size // (columns or size)
+    form = form_for(
+        device.platform,
+        is_native=multiplies_natively(device, jnp.dtype(dtype)),
+        has_kernel=has_kernel(device, jnp.dtype(dtype)),
+        activations="float",
+        num_groups=groups,
+        has_zero=has_zero,
+        in_size=size,
+    )
+    data = [jax.random.randint(key, (size, size), -8, 8, jnp.int8).astype(dtype) for key in keys]
+    scale = jnp.full((groups, size), 0.1, jnp.float32)
+    zero = jnp.ones((groups, size), jnp.int8) if has_zero else None
+    # Where that is a kernel, beside what stands in for it.
+    for way in dict.fromkeys((form, getattr(form, "otherwise", Fused()))):
+        weights = [QuantizedWeight(data=one, scale=scale, zero=zero, form=way) for one in data]
+        yield type(way).__name__, list(weights)
+
+
+def product_lines(size: int, limits: tuple[float, float]) -> Iterator[str]:
+    """Yields a line for each kind of weight, way to multiply and number of rows."""
+    bandwidth, rate = limits
+
+    @jax.jit
+    def run(x: jax.Array, weights: list[jax.Array | QuantizedWeight]) -> jax.Array:
+        for weight in weights:
+            x = linear(x, weight) * jnp.bfloat16(0.01)
+        return x
+
+    for name in WEIGHTS:
+        for way, weights in weights_of(name, size):
+            num_bytes = sum(
+                leaf.size * (0.5 if leaf.dtype == jnp.int4 else leaf.dtype.itemsize)
+                for leaf in jax.tree.leaves(weights[0])
+            )
+            for count in PRODUCT_ROWS:
+                x = jnp.ones((count, size), jnp.bfloat16)
+                seconds = seconds_of(functools.partial(run, x, weights)) / _NUM_WEIGHTS
+                flops = 2 * count * size * size
+                bound = max(num_bytes / bandwidth, flops / rate)
+                yield (
+                    f"{f'{name}, {count} rows':34} {way:10} {seconds * 1e6:10.1f} "
+                    f"{num_bytes / seconds / 1e9:9.1f} {flops / seconds / 1e12:9.2f} "
+                    f"{bound / seconds:7.1%}"
+                )
+
+
+def expert_lines(size: int, limits: tuple[float, float]) -> Iterator[str]:
+    """Yields a line for each way to multiply by 32 experts' matrices, and number of rows."""
+    bandwidth, rate = limits
+    groups, out = 32, size // 2
+    matrices = jax.random.normal(jax.random.key(0), (groups, out, size), jnp.bfloat16)
+    own = "tpu" if jax.devices()[0].platform == "tpu" else "reference"
+    for count in PRODUCT_ROWS:
+        lhs = jnp.ones((max(count, groups), size), jnp.bfloat16)
+        sizes = jnp.full((groups,), lhs.shape[0] // groups, jnp.int32)
+        ways = {
+            own: jax.jit(functools.partial(grouped_matmul, backend=own)),
+            "ragged_dot": jax.jit(lambda x, y, n: lax.ragged_dot(x, y.swapaxes(1, 2), n)),
+        }
+        for way, run in ways.items():
+            seconds = seconds_of(functools.partial(run, lhs, matrices, sizes))
+            num_bytes, flops = matrices.size * 2, 2 * lhs.shape[0] * out * size
+            bound = max(num_bytes / bandwidth, flops / rate)
+            yield (
+                f"{f'{groups} experts, {lhs.shape[0]} rows':34} {way:10} {seconds * 1e6:10.1f} "
+                f"{num_bytes / seconds / 1e9:9.1f} {flops / seconds / 1e12:9.2f} "
+                f"{bound / seconds:7.1%}"
+            )
+
+
 def main() -> int:
     """Prints the table. Returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -156,6 +258,7 @@ def main() -> int:
     parser.add_argument("--kv-heads", type=int, default=8)
     parser.add_argument("--head-dim", type=int, default=128)
     parser.add_argument("--page-size", type=int, default=16)
+    parser.add_argument("--matrix-size", type=int, default=4096, help="of products; 0: none")
     parser.add_argument("--loops", type=int, default=16, help="layers in one program")
     options = parser.parse_args()
     shape = Shape(
@@ -171,6 +274,10 @@ def main() -> int:
     print(f"{'batch':34} {'backend':10} {'us':>10} {'GB/s':>9} {'Tflop/s':>9} {'share':>7}")
     for line in rows(options.backend, shape, options.loops, limits):
         print(line, flush=True)
+    if options.matrix_size:
+        for lines in (product_lines, expert_lines):
+            for line in lines(options.matrix_size, limits):
+                print(line, flush=True)
     return 0
 
 

@@ -3,10 +3,10 @@
 
     .venv/bin/python scripts/compile_targets.py --target v6e --model llama-3.1-8b
 
-Targets are TPUs (`libtpu`) and the H100 (`jax-cuda13-plugin` and `ptxas`); `scripts/test` installs
-their compilers into the virtual environment. No weights are read and no program runs. A program
-passes if it compiles, updates the whole device state in place, computes nothing in float64, holds
-no call to the host and, on one device, no collective. The exit status is 1 if any does not pass.
+Targets are TPUs (`libtpu`) and NVIDIA GPUs (`jax-cuda13-plugin` and `ptxas`); `scripts/test`
+installs their compilers into the virtual environment. No weights are read and no program runs. A
+program passes if it compiles, updates the whole device state in place, computes nothing in float64,
+holds no call to the host and, on one device, no collective. The exit status is 1 if any does not.
 """
 
 from __future__ import annotations
@@ -62,6 +62,13 @@ TOO_LARGE = {
     ("v6e", "gemma-3-27b"): "50 GiB of weights, 32 GB of memory",
 }
 
+TOO_LARGE |= {
+    (target, model): f"{size} GiB of weights, 24 GB of memory"
+    for target in ("a10", "l4")
+    for model, size in (("qwen3-32b", 61), ("qwen3-30b-a3b", 57), ("gemma-3-27b", 50))
+}
+
+KERNEL_CALLS = r'custom_call_target="(tpu_custom_call|mosaic_gpu\w*|__gpu\$xla\.gpu\.triton)"'
 _FORBIDDEN = {
     "float64": r"\bf64\[",
     "a call to the host": r" (infeed|outfeed|send|recv)\(|_callback|HostExecute",
@@ -178,7 +185,7 @@ def inspect(
         state_bytes=state_bytes,
         num_state_copies=_count_copies(text, state),
         num_dense_weights=count_dense(text, quantized),
-        num_kernels=len(re.findall(r'custom_call_target="(tpu_custom_call|mosaic_gpu\w*)"', text)),
+        num_kernels=len(re.findall(KERNEL_CALLS, text)),
         collectives=collectives,
         faults=tuple(faults),
     )
@@ -272,8 +279,8 @@ def print_kernels(targets: list[str]) -> int:
 
     tpus = [target for target in targets if TARGETS[target].platform == "tpu"]
     statuses = [tpu_kernels.print_table(tpus)] if tpus else []
-    if "h100" in targets:
-        statuses.append(gpu_kernels.print_table())
+    if gpus := [target for target in targets if TARGETS[target].platform == "gpu"]:
+        statuses.append(gpu_kernels.print_table(gpus))
     return max(statuses)
 
 

@@ -16,6 +16,14 @@ def test_a_step_reads_every_weight_but_the_embedding():
     assert size.token_bytes == 128 * 2**10
 
 
+def test_quantised_layers_are_read_as_they_are_stored():
+    whole, part = (
+        bench_device.model_size(MODELS["llama-3.1-8b"], 2, 2, quantization).step_bytes
+        for quantization in ("auto", "int8")
+    )
+    assert whole - part == bench_device.model_size(MODELS["llama-3.1-8b"], 2, 2).layer_weights
+
+
 def test_decode_is_bound_by_weights_and_contexts():
     size = bench_device.model_size(MODELS["llama-3.1-8b"], weight_bytes=2, kv_bytes=2)
     one = size.decode_bound(1, 0, bandwidth=3e12)
@@ -48,6 +56,16 @@ def test_kernels_are_timed_and_a_refusal_is_a_line():
     shape = bench_kernels.Shape(heads=4, kv_heads=2, head_dim=16, page_size=16, dtype="float32")
     work = bench_kernels.Work(sequences=2, q_len=1, kv_len=40)
     assert 0 < bench_kernels.time_of("reference", shape, work, num_loops=2) < 10
+
+
+def test_products_are_timed_in_every_way_the_device_has(monkeypatch):
+    monkeypatch.setattr(bench_kernels, "PRODUCT_ROWS", (2,))
+    monkeypatch.setattr(bench_kernels, "_NUM_WEIGHTS", 1)
+    lines = list(bench_kernels.product_lines(128, (1e9, 1e9)))
+    assert len(lines) == 2 * len(bench_kernels.WEIGHTS) - 1
+    assert sum("Blocks" in line for line in lines) == len(bench_kernels.WEIGHTS) - 1
+    lines = list(bench_kernels.expert_lines(64, (1e9, 1e9)))
+    assert ["reference" in line for line in lines] == [True, False]
 
 
 @pytest.mark.slow

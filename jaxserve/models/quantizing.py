@@ -19,6 +19,7 @@ from jaxserve.models.checkpoint.contract import StoredWeight
 from jaxserve.ops.quantization import (
     QuantizedWeight,
     form_for,
+    has_kernel,
     largest,
     multiplies_natively,
     quantize,
@@ -110,6 +111,7 @@ def abstract_weight(
         form=form_for(
             device.platform,
             is_native=multiplies_natively(device, dtype),
+            has_kernel=groups > 1 and has_kernel(device, dtype),
             activations=format.activations,
             num_groups=groups,
             has_zero=format.has_zero,

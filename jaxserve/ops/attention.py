@@ -103,31 +103,35 @@ class Choice:
 def choose_backend(
     requested: Literal["auto"] | Backend, device: jax.Device, shape: LayerShape
 ) -> Choice:
-    """Returns the device's own kernel where it can serve, else the reference and why.
+    """Returns the best of the device's kernels that can serve, else the reference and why.
 
     Raises ConfigError where another backend is asked for than can serve.
     """
-    own = KERNELS.get(device.platform, "reference")
-    if requested not in ("auto", "reference", own):
-        known = " and ".join(dict.fromkeys((own, "reference")))
+    own = KERNELS.get(device.platform, ())
+    if requested not in ("auto", "reference", *own):
+        known = " and ".join((*own, "reference"))
         raise ConfigError(f"attention_backend is {requested!r}; a {device.platform} has {known}")
-    backend = own if requested == "auto" else requested
-    layout = _layout(backend, shape)
-    if backend == "reference":  # serves everything
-        return Choice(layout=layout, warning=None)
-    reason = refusal(
-        layout,
-        device,
-        heads=shape.heads,
-        tokens=shape.tokens,
-        sequences=shape.sequences,
-        pages_per_sequence=shape.pages_per_sequence,
-    )
-    if reason is None:
-        return Choice(layout=layout, warning=None)
-    if requested != "auto":
-        raise ConfigError(f"attention_backend {backend!r} cannot serve this model: {reason}")
-    warning = f"attention runs on the slower reference, not on the {own} kernel: {reason}"
+    reasons = []
+    for backend in own if requested == "auto" else (requested,):
+        layout = _layout(backend, shape)
+        reason = None
+        if backend != "reference":  # which serves everything
+            reason = refusal(
+                layout,
+                device,
+                heads=shape.heads,
+                tokens=shape.tokens,
+                sequences=shape.sequences,
+                pages_per_sequence=shape.pages_per_sequence,
+            )
+        if reason is None:
+            return Choice(layout=layout, warning=None)
+        if requested != "auto":
+            raise ConfigError(f"attention_backend {backend!r} cannot serve this model: {reason}")
+        reasons.append(f"{backend}: {reason}")
+    warning = None
+    if own:
+        warning = f"attention runs on the slower reference, not on a kernel: {'; '.join(reasons)}"
     return Choice(layout=_layout("reference", shape), warning=warning)
 
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxserve.ops.quantization import QuantizedWeight, quantized_matmul_f32
+from jaxserve.ops.quantization import QuantizedWeight, multiply_quantized
 
 
 def linear(
@@ -14,6 +14,8 @@ def linear(
     weight: jax.Array | QuantizedWeight,  # [out, in], as checkpoints store it
 ) -> jax.Array:  # [rows, out], of x's type
     """Returns `x @ weight.T`, multiplied in the weight's type and summed in float32."""
+    if isinstance(weight, QuantizedWeight):
+        return multiply_quantized(x, weight, x.dtype)
     return matmul_f32(x, weight).astype(x.dtype)
 
 
@@ -26,7 +28,7 @@ def matmul_f32(
     Asking for float32 sums of bfloat16 operands is what makes XLA's CPU backend use its fast path.
     """
     if isinstance(weight, QuantizedWeight):
-        return quantized_matmul_f32(x, weight)
+        return multiply_quantized(x, weight)
     return lax.dot_general(
         x.astype(weight.dtype),
         weight,

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxserve.ops.quantization import QuantizedWeight, quantized_matmul_f32
+from jaxserve.ops.quantization import QuantizedWeight, multiply_quantized
 from pallas_kernels.grouped_matmul import Backend, entry_of, grouped_matmul, multiply_by_tiles
 
 ExpertWeight: TypeAlias = jax.Array | QuantizedWeight  # [experts, out, in]
@@ -167,6 +167,6 @@ def expert_matmul(
         return grouped_matmul(rows, weight.data, sizes, scale, backend=backend, out_dtype=dtype)
 
     def multiply(tile: jax.Array, expert: jax.Array) -> jax.Array:
-        return quantized_matmul_f32(tile, jax.tree.map(lambda leaf: entry_of(leaf, expert), weight))
+        return multiply_quantized(tile, jax.tree.map(lambda leaf: entry_of(leaf, expert), weight))
 
     return multiply_by_tiles(rows, sizes, weight.data.shape[1], multiply).astype(dtype)

@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels.quantized_matmul import Backend, device_refusal, quantized_matmul, refusal
+
 Activations: TypeAlias = Literal["float", "dynamic", "static"]
 
 
@@ -18,8 +20,9 @@ Activations: TypeAlias = Literal["float", "dynamic", "static"]
 class Fused:
     """The weight is converted inside the product; each group's product is scaled.
 
-    TPU and GPU compilers read a converted operand as it is stored and keep no copy. TPU compilers
-    also fuse the sum over groups; for a GPU they would write every group's product to memory.
+    TPU and GPU compilers read a converted operand as it is stored and keep no copy, where a row has
+    one scale. With groups, a TPU's copies the matrix, transposed, and multiplies group by group
+    (`scripts/targets/weight_kernels.py`); a GPU's writes every group's product to memory.
     """
 
 
@@ -37,17 +40,30 @@ class Blocks:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Kernel:
+    """A Pallas kernel converts parts of the weight where it multiplies them."""
+
+    backend: Backend
+    max_rows: int | None  # of x; None: any number
+    otherwise: Fused | Blocks  # more rows, and what the kernel refuses (sizes depend on the mesh)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Quantized:
     """Activations are quantised to the weight's type too, and the product is in that type."""
 
     is_static: bool  # by `input_scale`; else by each row's largest
 
 
-Form: TypeAlias = Fused | Blocks | Quantized
+Form: TypeAlias = Fused | Kernel | Blocks | Quantized
 
 # The floats of a block: on a CPU measured, on a GPU a third of an H100's second-level cache.
 _CPU_BLOCK_ROWS = 256
 _GPU_BLOCK_BYTES = 16 * 2**20
+# Every 64 rows the GPU kernel reads the weight again; by blocks it is read once, and its floats, of
+# four to seven times the bytes, written and read.
+_GPU_KERNEL_ROWS = 256
+_KERNELS: dict[str, Backend] = {"tpu": "tpu", "gpu": "triton"}
 _LEAST_SCALE = 1e-12  # of a group of zeros
 
 # int4's zeros count eighths of a level. A whole one misses a group's middle by up to half a level,
@@ -196,6 +212,7 @@ def form_for(
     platform: str,  # "cpu", "gpu" or "tpu"
     *,
     is_native: bool,  # the device multiplies the weight's type (`multiplies_natively`)
+    has_kernel: bool,  # (`has_kernel`)
     activations: Activations,
     num_groups: int,
     has_zero: bool,
@@ -210,9 +227,21 @@ def form_for(
         return Blocks(num_rows=_CPU_BLOCK_ROWS)
     if activations != "float" and is_native and num_groups == 1 and not has_zero:
         return Quantized(is_static=activations == "static")
-    if platform == "gpu" and num_groups > 1:
-        return Blocks(num_rows=max(256, _GPU_BLOCK_BYTES // (2 * in_size) // 128 * 128))
-    return Fused()
+    if num_groups == 1:
+        return Fused()
+    if platform == "tpu":
+        form = Fused()
+        return Kernel(backend="tpu", max_rows=None, otherwise=form) if has_kernel else form
+    blocks = Blocks(num_rows=max(256, _GPU_BLOCK_BYTES // (2 * in_size) // 128 * 128))
+    if not has_kernel:
+        return blocks
+    return Kernel(backend="triton", max_rows=_GPU_KERNEL_ROWS, otherwise=blocks)
+
+
+def has_kernel(device: jax.Device, dtype: jnp.dtype) -> bool:
+    """Returns whether a Pallas kernel multiplies weights of a type by groups on a device."""
+    backend = _KERNELS.get(device.platform)
+    return backend is not None and device_refusal(backend, device, dtype) is None
 
 
 def multiplies_natively(device: jax.Device, dtype: jnp.dtype) -> bool:
@@ -231,45 +260,63 @@ def multiplies_natively(device: jax.Device, dtype: jnp.dtype) -> bool:
     return False
 
 
-def quantized_matmul_f32(
+def multiply_quantized(
     x: jax.Array,  # [rows, in]
     weight: QuantizedWeight,  # [out, in]
-) -> jax.Array:  # [rows, out] f32
-    """Returns `x @ weight.T` in float32."""
+    out_dtype: jax.typing.DTypeLike = jnp.float32,
+) -> jax.Array:  # [rows, out]
+    """Returns `x @ weight.T`, summed in float32."""
     if x.shape[1] != weight.data.shape[1]:
         raise ValueError(f"{x.shape=} does not go with {weight.data.shape=}")
     if weight.order is not None:
         x = x[:, weight.order]
-    match weight.form:
+    form = weight.form
+    if isinstance(form, Kernel):
+        if _is_for_kernel(x, weight, form):
+            return _multiply_by_groups(x, weight, form.backend, out_dtype)
+        form = form.otherwise
+    match form:
         case Quantized(is_static=is_static):
-            return _multiply_quantized(x, weight, weight.input_scale if is_static else None)
+            out = _multiply_quantized(x, weight, weight.input_scale if is_static else None)
         case Blocks(num_rows=num_rows):
-            return _multiply_by_blocks(x, weight, num_rows)
+            out = _multiply_by_blocks(x, weight, num_rows)
+        case _ if weight.num_groups == 1 and weight.zero is None:
+            dtype = jnp.dtype(weight.dtype)
+            out = _dot(x.astype(dtype), weight.data.astype(dtype), jnp.float32)
+            out *= weight.row_scales()
         case _:
-            return _multiply_fused(x, weight)
+            return _multiply_by_groups(x, weight, "reference", out_dtype)
+    return out.astype(out_dtype)
+
+
+def _is_for_kernel(x: jax.Array, weight: QuantizedWeight, form: Kernel) -> bool:
+    if form.max_rows is not None and x.shape[0] > form.max_rows:
+        return False
+    if jnp.dtype(weight.dtype) == jnp.float32:
+        return False  # the kernels multiply bfloat16
+    out_size, in_size = weight.data.shape
+    return refusal(form.backend, out_size, in_size, weight.num_groups) is None
 
 
 def _dot(x: jax.Array, weight: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
     return lax.dot_general(x, weight, (((1,), (1,)), ((), ())), preferred_element_type=dtype)
 
 
-def _multiply_fused(
+def _multiply_by_groups(
     x: jax.Array,  # [rows, in]
     weight: QuantizedWeight,  # [out, in]
-) -> jax.Array:  # [rows, out] f32
-    dtype, scale = jnp.dtype(weight.dtype), weight.row_scales()
-    x = x.astype(dtype)
-    if weight.num_groups == 1 and weight.zero is None:
-        return _dot(x, weight.data.astype(dtype), jnp.float32) * scale
-    parts = x.reshape(x.shape[0], weight.num_groups, -1)
-    data = weight.data.astype(dtype).reshape(weight.data.shape[0], weight.num_groups, -1)
-    products = jnp.einsum("rgc,ogc->gro", parts, data, preferred_element_type=jnp.float32)
-    out = (products * scale[:, None, :]).sum(0)
-    if weight.zero is not None:
-        # (data - zero) * scale * x, summed: what zeros take away needs only x's sums.
-        sums = parts.astype(jnp.float32).sum(2)
-        out -= jnp.einsum("rg,go->ro", sums, weight.levels_of_zero() * scale)
-    return out
+    backend: Backend,
+    out_dtype: jax.typing.DTypeLike,
+) -> jax.Array:  # [rows, out]
+    return quantized_matmul(
+        x.astype(weight.dtype),
+        weight.data,
+        weight.row_scales(),
+        weight.zero,
+        backend=backend,
+        zero_steps=zero_steps(weight.data.dtype),
+        out_dtype=out_dtype,
+    )
 
 
 def _multiply_by_blocks(

@@ -22,7 +22,8 @@ COMPILER_ENVIRONMENT = {
 }
 
 GIB = 2**30
-_H100_CONFIG = Path(__file__).with_name("h100.txtpb")
+# By number of devices, of any GPU.
+_GPU_TOPOLOGIES = {1: "1x1x1", 2: "1x1x2", 4: "1x1x4", 8: "1x1x8"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,12 +78,39 @@ TARGETS = {
     ),
     "h100": Target(
         platform="gpu",
-        topologies={1: "1x1x1", 2: "1x1x2", 4: "1x1x4", 8: "1x1x8"},
+        topologies=_GPU_TOPOLOGIES,
         memory_bytes=int(79.1 * GIB),
         flops=989e12,
         flops_8bit=1979e12,
         memory_rate=3350e9,
         link_rate=450e9,
+    ),
+    "a100": Target(
+        platform="gpu",
+        topologies=_GPU_TOPOLOGIES,
+        memory_bytes=int(79.1 * GIB),
+        flops=312e12,
+        flops_8bit=624e12,
+        memory_rate=2039e9,
+        link_rate=300e9,
+    ),
+    "a10": Target(
+        platform="gpu",
+        topologies=_GPU_TOPOLOGIES,
+        memory_bytes=int(22 * GIB),
+        flops=125e12,
+        flops_8bit=250e12,
+        memory_rate=600e9,
+        link_rate=32e9,
+    ),
+    "l4": Target(
+        platform="gpu",
+        topologies=_GPU_TOPOLOGIES,
+        memory_bytes=int(22 * GIB),
+        flops=121e12,
+        flops_8bit=242e12,
+        memory_rate=300e9,
+        link_rate=32e9,
     ),
 }
 
@@ -100,8 +128,9 @@ def devices_of(name: str, count: int = 1) -> list[jax.Device]:
     try:
         if target.platform == "tpu":
             return list(topologies.get_topology_desc(topology, platform="tpu").devices)
+        config = Path(__file__).with_name(f"{name}.txtpb").read_text()
         description = topologies.get_topology_desc(
-            name, "cuda", target_config=_H100_CONFIG.read_text(), topology=topology
+            name, "cuda", target_config=config, topology=topology
         )
         return list(description.devices)
     except Exception as error:  # whatever a plugin raises, or its absence

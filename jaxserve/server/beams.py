@@ -104,11 +104,11 @@ async def admit(
     prompts: Sequence[Sequence[Request]],
     *,
     is_echo_only: bool = False,  # the client asked for no token
-    num_reasoning: Callable[[], int] | None = None,  # tokens; None: nobody can tell
+    num_reasoning: Callable[[], int] | None = None,
 ) -> Generation:
     """Returns the generation of all requests: a beam search, where the body asks for one."""
     if body.use_beam_search:
-        return _beam_generation(state, body, prompts, num_reasoning)
+        return _beam_generation(state, body, prompts, num_reasoning=num_reasoning)
     return await start(state, prompts, is_echo_only=is_echo_only, num_reasoning=num_reasoning)
 
 
@@ -116,7 +116,8 @@ def _beam_generation(
     state: ServerState,
     body: GenerationFields,
     prompts: Sequence[Sequence[Request]],
-    num_reasoning: Callable[[], int] | None,
+    *,
+    num_reasoning: Callable[[], int] | None = None,
 ) -> Generation:
     _, info, _ = state.loaded()
     asked = prompts[0][0].params

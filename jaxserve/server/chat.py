@@ -79,7 +79,7 @@ async def create_chat_completion(http: HttpRequest) -> Response:
         body=body,
         generation=conversation.generation,
         reading=conversation.reading,
-        stream_interval=body.stream_interval or state.config.stream_interval,
+        stream_interval=conversation.stream_interval,
         stream_options=stream_options(body, forces_usage=state.config.enable_force_include_usage),
     )
     if body.stream:

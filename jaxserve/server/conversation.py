@@ -103,7 +103,7 @@ async def converse(
         reading=prompt.reading,
         params=params,
         prompt_text=prompt.text,
-        stream_interval=state.config.stream_interval,
+        stream_interval=body.stream_interval or state.config.stream_interval,
     )
 
 

@@ -11,10 +11,11 @@ import jax.numpy as jnp
 
 from pallas_kernels.ragged_paged_attention import reference
 
-Backend: TypeAlias = Literal["reference", "tpu", "gpu"]
+Backend: TypeAlias = Literal["reference", "tpu", "gpu", "triton"]
 
-# The backend made for each platform, by JAX's names; any other platform has the reference.
-KERNELS: dict[str, Backend] = {"tpu": "tpu", "gpu": "gpu"}
+# The kernels for each platform, by JAX's names, the best first; any other platform has the
+# reference. `gpu` is for one generation, `triton` for what JAX's deprecated lowering still serves.
+KERNELS: dict[str, tuple[Backend, ...]] = {"tpu": ("tpu",), "gpu": ("gpu", "triton")}
 
 # Keys and values of one layer; what the arrays mean is the backend's own affair (`KVLayout`).
 LayerCache: TypeAlias = tuple[jax.Array, ...]
@@ -56,8 +57,8 @@ class _Module(Protocol):
     def attend(self, *arrays: Any, **options: Any) -> tuple[jax.Array, LayerCache]:
         """Writes and attends, as `ragged_paged_attention` says; its arguments but `backend`."""
 
-    def device_refusal(self, device: jax.Device) -> str | None:
-        """Returns why the kernel cannot run on a device; None if it can."""
+    def device_refusal(self, device: jax.Device, dtype: jnp.dtype | None = None) -> str | None:
+        """Returns why the kernel cannot run on a device with pages of a type; None if it can."""
 
 
 def _module(backend: Backend) -> _Module:
@@ -71,14 +72,23 @@ def _module(backend: Backend) -> _Module:
             from pallas_kernels.ragged_paged_attention import gpu
 
             return gpu
+        case "triton":
+            from pallas_kernels.ragged_paged_attention import triton
+
+            return triton
         case _:
             assert backend == "reference", backend
             return reference
 
 
-def device_refusal(backend: Backend, device: jax.Device) -> str | None:
-    """Returns why a backend cannot run on a device, whatever the model; None if it can."""
-    return _module(backend).device_refusal(device)
+def device_refusal(
+    backend: Backend, device: jax.Device, dtype: jnp.dtype | None = None
+) -> str | None:
+    """Returns why a backend cannot run on a device, whatever the model; None if it can.
+
+    With a type of pages, why it cannot with those.
+    """
+    return _module(backend).device_refusal(device, dtype)
 
 
 def refusal(
@@ -95,7 +105,7 @@ def refusal(
     What a kernel refuses, it refuses at trace time: a layer is traced, for a step of `tokens` and
     for one of a token a sequence.
     """
-    if (reason := device_refusal(layout.backend, device)) is not None:
+    if (reason := device_refusal(layout.backend, device, layout.dtype)) is not None:
         return reason
     attention = functools.partial(ragged_paged_attention, backend=layout.backend, scale=1.0)
 

@@ -1,9 +1,4 @@
-"""Ragged paged attention on NVIDIA GPUs from Hopper on: pages, their writing, and the two kernels.
-
-A step of one-token sequences is one launch that splits contexts and one that merges. A step that
-holds longer sequences adds a launch for their tiles: the two kinds want different tiles, registers
-and shared memory, and a launch costs less than a program that is made for both.
-"""
+"""Ragged paged attention on NVIDIA GPUs of the Hopper generation, in Pallas' Mosaic GPU."""
 
 from __future__ import annotations
 
@@ -13,17 +8,16 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.ragged_paged_attention.gpu_blocks import (
-    ROWS,
     Blocks,
     blocks_for,
     check_blocks,
     check_pages,
-    compute_dtype,
 )
 from pallas_kernels.ragged_paged_attention.gpu_decode import attend_decode
 from pallas_kernels.ragged_paged_attention.gpu_prefill import attend_prefill
-from pallas_kernels.ragged_paged_attention.gpu_tiles import MASKED
-from pallas_kernels.ragged_paged_attention.rows import cache_rows, to_stored
+from pallas_kernels.ragged_paged_attention.gpu_step import Kernels, attend_step, pages_of
+
+_KERNELS = Kernels(attend_decode, attend_prefill)
 
 
 def page_shapes(
@@ -34,13 +28,14 @@ def page_shapes(
     Raises ValueError for what the kernels cannot read.
     """
     check_pages(page_size=page_size, head_dim=head_dim, dtype=jnp.dtype(dtype))
-    shape = (num_pages, page_size, kv_heads, head_dim)
-    pages = jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))
-    return (pages, pages)
+    return pages_of(
+        num_pages, page_size=page_size, kv_heads=kv_heads, head_dim=head_dim, dtype=dtype
+    )
 
 
-def device_refusal(device: jax.Device) -> str | None:
-    """Returns why the kernels cannot run on a device; None if they can."""
+def device_refusal(device: jax.Device, dtype: jnp.dtype | None = None) -> str | None:
+    """Returns why the kernels cannot run on a device; None if they can, with pages of any type."""
+    del dtype
     capability = str(device.compute_capability)
     if capability.partition(".")[0] == "9":
         return None
@@ -60,128 +55,28 @@ def attend(
     cu_q_lens: jax.Array,  # [sequences + 1] i32
     counts: jax.Array,  # [2] i32: one-token sequences, all sequences
     *,
-    scale: float,
-    sliding_window: int | None = None,
-    soft_cap: float | None = None,
-    sinks: jax.Array | None = None,  # [heads] f32
-    k_scale: jax.Array | None = None,  # [] f32
-    v_scale: jax.Array | None = None,  # [] f32
     blocks: Blocks | None = None,  # None: those of the table
     interpret: bool = False,
+    **rules: Any,  # scale, window, cap, sinks, scales
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
     """Returns the attention of `api.ragged_paged_attention` and the cache with the new rows."""
-    tokens, heads, head_dim = q.shape
-    sequences = kv_lens.shape[0]
-    _, page_size, kv_heads, _ = cache[0].shape
+    _, page_size, _, head_dim = cache[0].shape
     stored = cache[0].dtype
     check_pages(page_size=page_size, head_dim=head_dim, dtype=stored)
     if blocks is None:
         blocks = blocks_for(head_dim, stored)
     check_blocks(blocks, head_dim, stored)
-    if sliding_window is not None and sliding_window >= page_table.shape[1] * page_size:
-        sliding_window = None  # no context is longer
-    cache = write(cache, k, v, kv_lens, page_table, cu_q_lens, counts, k_scale, v_scale)
-
-    # [1] f32: the kernels' products are of stored keys.
-    factor = jnp.full((1,), scale, jnp.float32)
-    if k_scale is not None:
-        factor *= k_scale.astype(jnp.float32)
-    if sinks is None:
-        sinks = jnp.full((heads,), MASKED, jnp.float32)
-    # A tile holds the query heads of one kv head; where they are too many, of a part of them.
-    group = heads // kv_heads
-    parts = -(-group // ROWS)
-    grouped = _group_heads(q.astype(compute_dtype(stored)), kv_heads, parts)
-    grouped_sinks = _group_heads(sinks.astype(jnp.float32)[None, :, None], kv_heads, parts)
-    options: dict[str, Any] = {
-        "sliding_window": sliding_window,
-        "soft_cap": soft_cap,
-        "interpret": interpret,
-    }
-
-    is_decoding = jnp.arange(sequences) < counts[0]
-    out = attend_decode(
-        grouped[:sequences],
+    return attend_step(
+        _KERNELS,
+        q,
+        k,
+        v,
         cache,
-        jnp.where(is_decoding, kv_lens, 0),
-        page_table,
-        factor,
-        grouped_sinks[0, :, :, 0],
-        blocks=blocks.decode,
-        **options,
-    )
-    if sequences < tokens:  # else every sequence has one token
-        tiled = attend_prefill(
-            grouped,
-            cache,
-            kv_lens,
-            page_table,
-            cu_q_lens,
-            counts,
-            factor,
-            grouped_sinks[0, :, :, 0],
-            blocks=blocks.prefill,
-            **options,
-        )
-        out = jnp.pad(out, ((0, tokens - sequences), (0, 0), (0, 0), (0, 0)))
-        row = jnp.arange(tokens)[:, None, None, None]
-        # Rows of no sequence were never written.
-        tiled = jnp.where(row < cu_q_lens[counts[1]], tiled, jnp.zeros((), tiled.dtype))
-        out = jnp.where(row < counts[0], out, tiled)
-    out = _ungroup_heads(out, kv_heads, group)
-    if v_scale is not None:
-        out = out.astype(jnp.float32) * v_scale.astype(jnp.float32)
-    return out.astype(q.dtype), cache
-
-
-def write(
-    cache: tuple[jax.Array, ...],
-    k: jax.Array,  # [tokens, kv_heads, head_dim]
-    v: jax.Array,  # [tokens, kv_heads, head_dim]
-    kv_lens: jax.Array,  # [sequences] i32
-    page_table: jax.Array,  # [sequences, pages_per_sequence] i32
-    cu_q_lens: jax.Array,  # [sequences + 1] i32
-    counts: jax.Array,  # [2] i32
-    k_scale: jax.Array | None,  # [] f32
-    v_scale: jax.Array | None,  # [] f32
-) -> tuple[jax.Array, ...]:
-    """Puts each token's key and value at its position's row; padding tokens write nowhere."""
-    num_pages, page_size, kv_heads, head_dim = cache[0].shape
-    row = cache_rows(
         kv_lens,
         page_table,
         cu_q_lens,
         counts,
-        tokens=k.shape[0],
-        num_pages=num_pages,
-        page_size=page_size,
+        blocks=blocks,
+        interpret=interpret,
+        **rules,
     )
-
-    def put(pages: jax.Array, rows: jax.Array, scale: jax.Array | None) -> jax.Array:
-        flat = pages.reshape(num_pages * page_size, kv_heads, head_dim)
-        rows = to_stored(rows, scale, pages.dtype)
-        return flat.at[row].set(rows, mode="drop").reshape(pages.shape)
-
-    return put(cache[0], k, k_scale), put(cache[1], v, v_scale)
-
-
-def _group_heads(
-    x: jax.Array,  # [tokens, heads, width]
-    kv_heads: int,
-    parts: int,
-) -> jax.Array:  # [tokens, kv_heads * parts, group, width]
-    """Returns the heads by kv head, each group cut in `parts` and padded to equal ones."""
-    tokens, heads, width = x.shape
-    x = x.reshape(tokens, kv_heads, heads // kv_heads, width)
-    x = jnp.pad(x, ((0, 0), (0, 0), (0, -x.shape[2] % parts), (0, 0)))
-    return x.reshape(tokens, kv_heads * parts, -1, width)
-
-
-def _ungroup_heads(
-    x: jax.Array,  # [tokens, kv_heads * parts, group, head_dim]
-    kv_heads: int,
-    group: int,
-) -> jax.Array:  # [tokens, heads, head_dim]
-    """Undoes `_group_heads`; `group` is the number of query heads that a kv head has."""
-    tokens, _, _, head_dim = x.shape
-    return x.reshape(tokens, kv_heads, -1, head_dim)[:, :, :group].reshape(tokens, -1, head_dim)

@@ -19,41 +19,15 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.ragged_paged_attention import gpu_tiles as tiles
 from pallas_kernels.ragged_paged_attention.gpu_blocks import ROWS, DecodeBlocks
 from pallas_kernels.ragged_paged_attention.gpu_compat import compiler_params, interpreter
-from pallas_kernels.ragged_paged_attention.gpu_tiles import MASKED
-
-
-def items_of(
-    context: jax.Array,  # [sequences] i32, 0 for none
-    blocks: DecodeBlocks,
-    groups: int,
-    sliding_window: int | None,
-) -> tuple[jax.Array, jax.Array]:
-    """Returns the work list `[items, 4]` i32 and each sequence's first item `[sequences + 1]` i32.
-
-    An item is (sequence, first block, end block, first position seen). There are as many as fill
-    the device, if contexts are long enough, and no more; the rest of the list is empty items.
-    """
-    size = blocks.block_kv
-    first = jnp.zeros_like(context)
-    if sliding_window is not None:
-        first = jnp.maximum(context - sliding_window, 0)
-    start = first // size
-    num_blocks = (context + size - 1) // size - start
-    wanted = max(1, blocks.programs // groups)
-    share = jnp.maximum((num_blocks.sum() + wanted - 1) // wanted, blocks.min_split)
-    num_items = (num_blocks + share - 1) // share
-    piece = (num_blocks + num_items - 1) // jnp.maximum(num_items, 1)
-    ends = jnp.cumsum(num_items, dtype=jnp.int32)
-    first_item = jnp.concatenate([jnp.zeros(1, jnp.int32), ends])
-
-    item = jnp.arange(context.shape[0] + wanted, dtype=jnp.int32)
-    owner = (item[:, None] >= ends[None, :]).sum(1, dtype=jnp.int32)
-    is_real = owner < context.shape[0]
-    owner = jnp.minimum(owner, context.shape[0] - 1)
-    begin = start[owner] + (item - first_item[owner]) * piece[owner]
-    end = jnp.minimum(begin + piece[owner], start[owner] + num_blocks[owner])
-    end = jnp.where(is_real, end, begin)
-    return jnp.stack([owner, begin, end, first[owner]], axis=1), first_item
+from pallas_kernels.ragged_paged_attention.gpu_softmax import (
+    LOG2E,
+    MASKED,
+    Softmax,
+    finish,
+    merge,
+    sink_total,
+)
+from pallas_kernels.ragged_paged_attention.gpu_work import decode_items
 
 
 def attend_decode(
@@ -76,7 +50,7 @@ def attend_decode(
     q = jnp.pad(q, ((0, 0), (0, 0), (0, pad), (0, 0)))
     sinks = jnp.pad(sinks, ((0, 0), (0, ROWS - num_heads)), constant_values=MASKED)
     group_size = num_heads + pad
-    items, first_item = items_of(context, blocks, groups, sliding_window)
+    items, first_item = decode_items(context, blocks, groups, sliding_window)
     num_items = items.shape[0]
     scratch = {
         "q_tile": tiles.tile(ROWS, head_dim, q.dtype, copies=1),
@@ -243,8 +217,7 @@ def _merge_kernel(
     group_size, head_dim = out.shape[2:]
     plgpu.copy_gmem_to_smem(sinks.at[group], sink_tile, sink_full)
     plgpu.barrier_wait(sink_full)
-    peak = tiles.spread(sink_tile[...], interpret) * tiles.LOG2E
-    total = jnp.where(peak > MASKED, jnp.ones_like(peak), jnp.zeros_like(peak))
+    peak = tiles.spread(sink_tile[...], interpret) * LOG2E
 
     def add(item, state):
         plgpu.copy_gmem_to_smem(
@@ -252,18 +225,14 @@ def _merge_kernel(
         )
         plgpu.copy_gmem_to_smem(partial_stats.at[item, group], stats_tile, full)
         plgpu.barrier_wait(full)
-        item_peak = tiles.spread(stats_tile[0], interpret)
-        item_total = tiles.spread(stats_tile[1], interpret)
-        peak = jnp.maximum(state.peak, item_peak)
-        kept, weight = jnp.exp2(state.peak - peak), jnp.exp2(item_peak - peak)
-        value = state.value * tiles.across(kept, head_dim)
-        value += tiles.spread(value_tile[0], interpret) * tiles.across(weight, head_dim)
+        part = (stats_tile[0], stats_tile[1], value_tile[0])
+        state = merge(state, Softmax(*(tiles.spread(value, interpret) for value in part)))
         plgpu.commit_smem()  # what was read must have been before the next copy overwrites it
-        return tiles.Softmax(peak, state.total * kept + item_total * weight, value)
+        return state
 
-    state = tiles.start(peak, total, head_dim, interpret)
+    state = tiles.start(peak, sink_total(peak), head_dim, interpret)
     state = lax.fori_loop(first_item[sequence], first_item[sequence + 1], add, state)
-    out_tile[0] = tiles.finish(state).astype(out_tile.dtype)
+    out_tile[0] = finish(state).astype(out_tile.dtype)
     plgpu.commit_smem()
     plgpu.copy_smem_to_gmem(out_tile.at[0, pl.ds(0, group_size)], out.at[sequence, group])
     plgpu.wait_smem_to_gmem(0)

@@ -9,7 +9,6 @@ without masks. One more warpgroup starts the copies of pages into a ring of shar
 from __future__ import annotations
 
 from functools import partial
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,38 +19,11 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.ragged_paged_attention import gpu_tiles as tiles
 from pallas_kernels.ragged_paged_attention.gpu_blocks import ROWS, PrefillBlocks
 from pallas_kernels.ragged_paged_attention.gpu_compat import compiler_params, interpreter
-from pallas_kernels.ragged_paged_attention.gpu_tiles import MASKED
+from pallas_kernels.ragged_paged_attention.gpu_softmax import LOG2E, MASKED, finish, sink_total
+from pallas_kernels.ragged_paged_attention.gpu_work import prefill_items, walk_of
 
 # Two warpgroups that compute and one that loads share the 65,536 registers of an SM.
 COMPUTE_REGISTERS, LOADER_REGISTERS = 224, 56
-
-
-def items_of(
-    kv_lens: jax.Array,  # [sequences] i32
-    cu_q_lens: jax.Array,  # [sequences + 1] i32
-    counts: jax.Array,  # [2] i32
-    tokens: int,
-    tile_tokens: int,
-) -> jax.Array:  # [items, 4] i32
-    """Returns the work list of the sequences of several tokens.
-
-    An item is (sequence, first token's row, number of tokens, first token's position). Those with
-    most keys come first, so that a long one is not left for the end; empty ones fill the list.
-    """
-    sequences = kv_lens.shape[0]
-    sequence = jnp.arange(sequences, dtype=jnp.int32)
-    q_lens = cu_q_lens[1:] - cu_q_lens[:-1]
-    is_tiled = (sequence >= counts[0]) & (sequence < counts[1])
-    num_tiles = jnp.where(is_tiled, (q_lens + tile_tokens - 1) // tile_tokens, 0)
-    ends = jnp.cumsum(num_tiles, dtype=jnp.int32)
-
-    index = jnp.arange(tokens // tile_tokens + min(sequences, tokens // 2), dtype=jnp.int32)
-    item = ends[-1] - 1 - index
-    owner = (item[:, None] >= ends[None, :]).sum(1, dtype=jnp.int32)
-    offset = (item - ends[owner] + num_tiles[owner]) * tile_tokens
-    count = jnp.where(item >= 0, jnp.minimum(q_lens[owner] - offset, tile_tokens), 0)
-    position = kv_lens[owner] - q_lens[owner] + offset
-    return jnp.stack([owner, cu_q_lens[owner] + offset, count, position], axis=1)
 
 
 def attend_prefill(
@@ -72,7 +44,7 @@ def attend_prefill(
     """Returns attention from the sequences of several tokens; the rows of others are garbage."""
     tokens, groups, group_size, head_dim = q.shape
     tile_tokens = blocks.warpgroups * (ROWS // group_size)
-    items = items_of(kv_lens, cu_q_lens, counts, tokens, tile_tokens)
+    items = prefill_items(kv_lens, cu_q_lens, counts, tokens, tile_tokens)
     rows = q.transpose(1, 0, 2, 3).reshape(groups, tokens * group_size, head_dim)
     # A tile's copy may run past the last token.
     rows = jnp.pad(rows, ((0, 0), (0, blocks.warpgroups * ROWS), (0, 0)))
@@ -168,7 +140,7 @@ def _tile_kernel(
     block_kv = key_ring.tiles.shape[1]
     tokens = ROWS // group_size  # of a warpgroup
 
-    walk = _walk_of(position, num_tokens, sliding_window, block_kv)
+    walk = walk_of(position, num_tokens, sliding_window, block_kv)
     kv_head = lax.div(group, jnp.int32(q.shape[0] // keys.shape[2]))
     context = tiles.Context(sequence, kv_head, walk.first, kv_lens[sequence])
     stream = tiles.Stream(key_ring, value_ring, walk.begin, walk.end)
@@ -211,44 +183,13 @@ def _tile_kernel(
                 block, state, stream, q_tile, logit_factor, soft_cap, block_mask, interpret
             )
 
-        peak = tiles.spread(sink_tile[warpgroup], interpret) * tiles.LOG2E
-        total = jnp.where(peak > MASKED, jnp.ones_like(peak), jnp.zeros_like(peak))
-        state = tiles.start(peak, total, head_dim, interpret)
+        peak = tiles.spread(sink_tile[warpgroup], interpret) * LOG2E
+        state = tiles.start(peak, sink_total(peak), head_dim, interpret)
         if sliding_window is not None:
             state = lax.fori_loop(walk.begin, walk.whole, partial(visit, is_masked=True), state)
         state = lax.fori_loop(walk.whole, walk.part, partial(visit, is_masked=False), state)
         state = lax.fori_loop(walk.part, walk.end, partial(visit, is_masked=True), state)
-        q_tile[...] = tiles.finish(state).astype(q_tile.dtype)
+        q_tile[...] = finish(state).astype(q_tile.dtype)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(q_tile, out.at[group, item, warpgroup])
         plgpu.wait_smem_to_gmem(0)
-
-
-class _Walk(NamedTuple):
-    """The blocks `[begin, end)` that a tile sees; every row sees all of `[whole, part)`."""
-
-    first: jax.Array  # [] i32, first position seen
-    begin: jax.Array
-    whole: jax.Array
-    part: jax.Array
-    end: jax.Array
-
-
-def _walk_of(
-    position: jax.Array,  # [] i32, of the tile's first token
-    num_tokens: jax.Array,  # [] i32
-    sliding_window: int | None,
-    block_kv: int,
-) -> _Walk:
-    def block_of(position: jax.Array) -> jax.Array:
-        return lax.div(position, jnp.int32(block_kv))
-
-    zero = jnp.int32(0)
-    seen_to = position + num_tokens
-    end, part = block_of(seen_to + (block_kv - 1)), block_of(position + 1)
-    if sliding_window is None:
-        return _Walk(zero, zero, zero, part, end)
-    first = jnp.maximum(position + 1 - sliding_window, zero)
-    whole = block_of(jnp.maximum(seen_to - sliding_window, zero) + (block_kv - 1))
-    whole = jnp.minimum(whole, end)
-    return _Walk(first, block_of(first), whole, jnp.maximum(part, whole), end)

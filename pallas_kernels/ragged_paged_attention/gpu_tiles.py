@@ -7,7 +7,6 @@ under interpretation, which knows no tensor cores; all else is the same code.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -20,17 +19,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.ragged_paged_attention.gpu_blocks import RAW_STAGES, ROWS
 from pallas_kernels.ragged_paged_attention.gpu_compat import load_unswizzled, transposed
-
-MASKED = -1e30  # finite: the difference of two is 0, not NaN
-LOG2E = math.log2(math.e)
-
-
-class Softmax(NamedTuple):
-    """The running state of a softmax over blocks of keys (https://arxiv.org/abs/1805.02867)."""
-
-    peak: jax.Array  # [ROWS] f32, largest logit so far, times log2(e)
-    total: jax.Array  # [ROWS] f32, sum of exp2(logit - peak)
-    value: jax.Array  # [ROWS, head_dim] f32, the same sum weighted by values
+from pallas_kernels.ragged_paged_attention.gpu_softmax import LOG2E, Softmax, weigh
 
 
 def swizzle_of(head_dim: int, dtype: Any) -> int:
@@ -75,11 +64,6 @@ def start(peak: jax.Array, total: jax.Array, head_dim: int, interpret: bool) -> 
     return Softmax(*(spread(part, interpret) for part in (peak, total, value)))
 
 
-def across(column: jax.Array, width: int) -> jax.Array:  # [ROWS] -> [ROWS, width]
-    """Returns one number a row, repeated over the row."""
-    return lax.broadcast_in_dim(column, (column.shape[0], width), (0,))
-
-
 def logits_of(
     q_tile,  # [ROWS, head_dim]
     k_tile,  # [block_kv, head_dim]
@@ -103,22 +87,6 @@ def logits_of(
     return jnp.tanh(product * (factor / soft_cap)) * (soft_cap * LOG2E)
 
 
-def weigh(
-    state: Softmax,
-    logits: jax.Array,  # [ROWS, block_kv] f32, times log2(e)
-) -> tuple[Softmax, jax.Array]:
-    """Returns the state rescaled for a block of keys (their values still to add), and weights.
-
-    A row that has seen no key yet gets weights of 1, which the first key it sees rescales to 0.
-    """
-    peak = jnp.maximum(state.peak, logits.max(axis=1))
-    kept = jnp.exp2(state.peak - peak)
-    weight = jnp.exp2(logits - across(peak, logits.shape[1]))
-    total = state.total * kept + weight.sum(axis=1)
-    value = state.value * across(kept, state.value.shape[1])
-    return Softmax(peak, total, value), weight
-
-
 def add_values(
     state: Softmax,
     weight: jax.Array,  # [ROWS, block_kv]
@@ -134,12 +102,6 @@ def add_values(
         plgpu.wgmma(accumulator, weight, v_tile)
 
     return state._replace(value=pl.run_state(multiply)(plgpu.WGMMAAccumulatorRef.init(state.value)))
-
-
-def finish(state: Softmax) -> jax.Array:  # [ROWS, head_dim] f32
-    """Returns the weighted mean of the values; zeros for a row that saw no key."""
-    share = 1.0 / jnp.maximum(state.total, 1e-30)
-    return state.value * across(share, state.value.shape[1])
 
 
 class Context(NamedTuple):

@@ -47,9 +47,9 @@ def page_shapes(
     return (pages, pages)
 
 
-def device_refusal(device: jax.Device) -> str | None:
+def device_refusal(device: jax.Device, dtype: jnp.dtype | None = None) -> str | None:
     """Returns None: plain XLA runs anywhere."""
-    del device
+    del device, dtype
     return None
 
 

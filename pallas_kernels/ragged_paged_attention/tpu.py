@@ -35,8 +35,9 @@ def page_shapes(
     return (jax.ShapeDtypeStruct((num_pages, *pages.shape), dtype),)
 
 
-def device_refusal(device: jax.Device) -> str | None:
-    """Returns why the kernels cannot run on a device; None if they can."""
+def device_refusal(device: jax.Device, dtype: jnp.dtype | None = None) -> str | None:
+    """Returns why the kernels cannot run on a device; None if they can, with pages of any type."""
+    del dtype
     if device.device_kind in TPU.device_kinds:
         return None
     return f"the TPU kernels are made for {', '.join(TPU.device_kinds)}, not {device.device_kind}"

@@ -1,10 +1,11 @@
 #!/usr/bin/env python
-"""Compiles grouped products for TPUs that are not here, and XLA's own kernel for them beside ours.
+"""Compiles grouped products for devices that are not here, and XLA's own beside ours.
 
     .venv/bin/python scripts/targets/expert_kernels.py --target v6e
 
 Bundles are those of the compiler's final schedule (see `tpu_schedule`), of all visits, where every
-group has as many rows. XLA's kernel wants matrices [groups, in, out]: it gets them so.
+group has as many rows. XLA's kernel wants matrices [groups, in, out]: it gets them so. On a GPU
+ours is a loop over tiles in XLA, and there are only temporaries to compare.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ sys.path.insert(0, str(ROOT))
 
 from scripts.targets import tpu_schedule  # noqa: E402
 
-TARGETS = ("v5e", "v6e", "v5p", "7x")
+TARGETS = ("v5e", "v6e", "v5p", "7x", "h100")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -103,17 +104,23 @@ def compile_case(target: str, case: ProductCase, folder: Path) -> ProductFigures
     import jax
     from jax.sharding import SingleDeviceSharding
 
-    from jaxserve.planning.targets import devices_of
+    from jaxserve.planning.targets import compiler_options, devices_of
 
     device = devices_of(target)[0]
+    is_gpu = device.platform != "tpu"
     try:
         with jax.set_mesh(jax.sharding.Mesh([device], ("tensor",))):
-            call, operands = _call_of(case, SingleDeviceSharding(device))
-            compiled = jax.jit(call).lower(*operands).compile()
+            call, operands = _call_of(
+                case, "reference" if is_gpu else "tpu", SingleDeviceSharding(device)
+            )
+            lowered = jax.jit(call).lower(*operands)
+            compiled = lowered.compile(compiler_options=compiler_options(target))
     except Exception as error:  # a compiler may refuse in any way: the table says how
         text = f"{type(error).__name__}: {str(error).splitlines()[0][:300]}"
         return ProductFigures(refusal=text)
     sizes: Any = compiled.memory_analysis()
+    if is_gpu:
+        return ProductFigures(temp_bytes=sizes.temp_size_in_bytes)
     kernel = tpu_schedule.read(folder, "ragged-dot-none" if case.is_xla else "grouped_matmul")
     figures = ProductFigures(
         temp_bytes=sizes.temp_size_in_bytes,
@@ -125,7 +132,7 @@ def compile_case(target: str, case: ProductCase, folder: Path) -> ProductFigures
     return figures
 
 
-def _call_of(case: ProductCase, sharding: Any) -> tuple[Any, tuple[Any, ...]]:
+def _call_of(case: ProductCase, backend: Any, sharding: Any) -> tuple[Any, tuple[Any, ...]]:
     """Returns the function to compile and its operands."""
     import jax
     import jax.numpy as jnp
@@ -146,7 +153,7 @@ def _call_of(case: ProductCase, sharding: Any) -> tuple[Any, tuple[Any, ...]]:
     matrices = array(case.groups, case.out, case.in_, dtype=case.dtype)
 
     def call(*arrays: Any) -> jax.Array:
-        return grouped_matmul(*arrays, backend="tpu", out_dtype=rows.dtype)
+        return grouped_matmul(*arrays, backend=backend, out_dtype=rows.dtype)
 
     return call, (rows, matrices, sizes, scale)
 

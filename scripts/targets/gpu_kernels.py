@@ -1,9 +1,9 @@
-"""The attention kernels compiled for an H100 that is not here: which shapes, and what came of them.
+"""The attention kernels compiled for GPUs that are not here: which shapes, and what came of them.
 
     .venv/bin/python -m scripts.targets.gpu_kernels
 
 `compile_kernels` compiles one case and reads registers, spills and shared memory from what Mosaic
-GPU and `ptxas` say of each kernel. Compiler errors are results too.
+GPU, XLA and `ptxas` say of each kernel. Compiler errors are results too.
 """
 
 from __future__ import annotations
@@ -11,9 +11,10 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
+import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -34,12 +35,14 @@ from scripts.compile_targets import use_compilers
 DECODES = 64  # of a decode step
 TOKENS, SEQUENCES = 2048, 48  # of a mixed step
 PAGES_PER_SEQUENCE, POSITIONS = 512, 65536
+TARGETS = ("h100", "a100", "a10", "l4")
 
 
 @dataclass(frozen=True, kw_only=True)
 class KernelCase:
-    """One shape of step."""
+    """One shape of step, on one kind of card."""
 
+    target: str = "h100"
     step: str = "decode"  # or "mixed"
     heads: int = 32
     kv_heads: int = 8
@@ -52,7 +55,8 @@ class KernelCase:
 
     def __str__(self) -> str:
         """Returns the case in a few words, as a test's or a table row's name."""
-        words = [self.step, f"{self.heads}/{self.kv_heads}x{self.head_dim}", self.dtype]
+        words = [self.target] if self.target != "h100" else []
+        words += [self.step, f"{self.heads}/{self.kv_heads}x{self.head_dim}", self.dtype]
         words.append(f"page{self.page_size}")
         words += [f"window{self.sliding_window}"] if self.sliding_window else []
         words += ["cap"] if self.soft_cap else []
@@ -102,26 +106,54 @@ CASES = [
         {"has_sinks": True, "head_dim": 64, "sliding_window": 128},
     )
 ]
+# A mixed step holds the kernels of a decode step, too.
+CASES += [
+    KernelCase(target=target, step="mixed", head_dim=head_dim, dtype=dtype)
+    for target in ("a100", "a10", "l4")
+    for head_dim in (64, 80, 96, 128, 256)
+    for dtype in ("bfloat16", "float16", "int8", "float8_e5m2", "float8_e4m3fn")
+    if dtype == "bfloat16" or target == "l4" or (target == "a100" and dtype != "float8_e4m3fn")
+] + [
+    KernelCase(target="a100", step="mixed", **shape)
+    for shape in (
+        {"page_size": 4},
+        {"page_size": 256},
+        {"heads": 71, "kv_heads": 1, "head_dim": 64},
+        {"heads": 8, "kv_heads": 8},
+        {"heads": 16, "kv_heads": 8, "head_dim": 72},
+        {"sliding_window": 4096, "soft_cap": 50.0},
+        {"has_sinks": True, "head_dim": 64, "sliding_window": 128},
+    )
+]
 
 
 def compile_kernels(case: KernelCase) -> Compiled:
-    """Compiles the attention of one step for an H100."""
+    """Compiles the attention of one step for the case's card, with the kernels that it gets."""
     _use_mosaic_runtime()
-    from pallas_kernels.ragged_paged_attention import gpu
+    from pallas_kernels.ragged_paged_attention import gpu, triton
 
+    kernels_of = gpu if case.target == "h100" else triton
+    device = devices_of(case.target)[0]
     try:
-        pages = gpu.page_shapes(
+        if reason := kernels_of.device_refusal(device, jnp.dtype(case.dtype)):
+            return Compiled(kernels={}, refusal=reason)
+        pages = kernels_of.page_shapes(
             POSITIONS // case.page_size, page_size=case.page_size, kv_heads=case.kv_heads,
             head_dim=case.head_dim, dtype=jnp.dtype(case.dtype),
         )  # fmt: skip
         attend = partial(
-            gpu.attend, scale=case.head_dim**-0.5, sliding_window=case.sliding_window,
+            kernels_of.attend, scale=case.head_dim**-0.5, sliding_window=case.sliding_window,
             soft_cap=case.soft_cap,
         )  # fmt: skip
         with _dump_folder() as folder:
-            lowered = jax.jit(attend, donate_argnames="cache").lower(**_arguments(case, pages))
-            compiled = lowered.compile(compiler_options={"xla_gpu_autotune_level": "0"})
-            kernels = dict(_figures_in(folder))
+            lowered = jax.jit(attend, donate_argnames="cache").lower(
+                **_arguments(case, pages, device)
+            )
+            compiled = lowered.compile(
+                compiler_options={"xla_gpu_autotune_level": "0", "xla_dump_to": str(folder)}
+            )
+            figures_in = _figures_in if kernels_of is gpu else _triton_figures_in
+            kernels = dict(figures_in(folder))
     except Exception as error:  # a compiler may refuse in any way: the table says how
         reason = f"{type(error).__name__}: {(str(error) or '?').splitlines()[0][:200]}"
         return Compiled(kernels={}, refusal=reason)
@@ -144,11 +176,13 @@ def _use_mosaic_runtime() -> None:
     os.environ.setdefault("MOSAIC_GPU_RUNTIME_LIB_PATH", str(runtime))
 
 
-def _arguments(case: KernelCase, pages: tuple[jax.ShapeDtypeStruct, ...]) -> dict[str, Any]:
+def _arguments(
+    case: KernelCase, pages: tuple[jax.ShapeDtypeStruct, ...], compile_only: jax.Device
+) -> dict[str, Any]:
     """Returns the abstract arguments of `attend`, on the device."""
     is_decode = case.step == "decode"
     tokens, sequences = (DECODES, DECODES) if is_decode else (TOKENS, SEQUENCES)
-    device = SingleDeviceSharding(devices_of("h100")[0])
+    device = SingleDeviceSharding(compile_only)
 
     def array(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=device)
@@ -173,7 +207,7 @@ def _arguments(case: KernelCase, pages: tuple[jax.ShapeDtypeStruct, ...]) -> dic
 
 @contextmanager
 def _dump_folder() -> Iterator[Path]:
-    """Has Mosaic GPU write what it makes to a folder of its own, while the context is open."""
+    """Yields a folder where Mosaic GPU writes what it makes, while the context is open."""
     with tempfile.TemporaryDirectory() as folder:
         before = os.environ.get("MOSAIC_GPU_DUMP_TO")
         os.environ["MOSAIC_GPU_DUMP_TO"] = folder
@@ -184,6 +218,33 @@ def _dump_folder() -> Iterator[Path]:
                 del os.environ["MOSAIC_GPU_DUMP_TO"]
             else:
                 os.environ["MOSAIC_GPU_DUMP_TO"] = before
+
+
+def _triton_figures_in(folder: Path) -> Iterator[tuple[str, KernelFigures]]:
+    """Yields the kernels of a program that XLA has dumped to a folder."""
+    (launches,) = folder.glob("*.thunk_sequence.txt")
+    shared = dict(
+        re.findall(r"(paged_attention_\w+) grid.*shared_memory: (\d+) bytes", launches.read_text())
+    )
+    for listing in sorted(folder.glob("*.ptx")):
+        text = listing.read_text()
+        entry = re.search(r"\.entry (paged_attention_\w+)", text)
+        if entry is None:
+            continue  # a fusion
+        arch = re.search(r"\.target (\w+)", text)
+        assert arch is not None, text
+        command = ["ptxas", "-v", f"-arch={arch[1]}", str(listing), "-o", os.devnull]
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+        registers = re.search(r"Used (\d+) registers", said)
+        assert registers is not None, said
+        yield (
+            entry[1],
+            KernelFigures(
+                registers=int(registers[1]),
+                spill_bytes=sum(map(int, re.findall(r"(\d+) bytes spill", said))),
+                shared_bytes=int(shared[entry[1]]),
+            ),
+        )
 
 
 def _figures_in(folder: Path) -> Iterator[tuple[str, KernelFigures]]:
@@ -225,10 +286,10 @@ def rows_of(cases: list[KernelCase]) -> Iterator[tuple[str, bool]]:
         yield f"{case!s:44} {'in place' if is_in_place else 'COPIED'}  {figures}", is_in_place
 
 
-def print_table() -> int:
+def print_table(targets: Sequence[str] = TARGETS) -> int:
     """Compiles all cases and prints a line for each. Returns the exit status."""
     all_good = True
-    for line, is_good in rows_of(CASES):
+    for line, is_good in rows_of([case for case in CASES if case.target in targets]):
         print(line, flush=True)
         all_good &= is_good
     return 0 if all_good else 1

@@ -1,20 +1,31 @@
-"""The GPU kernels in Mosaic GPU's interpreter against dense attention; on a GPU, compiled.
+"""The GPU kernels in Pallas' interpreters against dense attention; on a GPU, compiled.
 
-The interpreter knows no wgmma as the kernels use it: products are `jnp.dot` there. Everything else
-(copies, barriers, the ring, masks, splits, the merge) is the code that is compiled.
+Mosaic GPU's interpreter knows no wgmma as the kernels use it: products are `jnp.dot` there.
+Everything else (copies, barriers, the ring, masks, splits, the merge) is the code that is compiled.
 """
 
 import dataclasses
 import faulthandler
 import functools
-from types import SimpleNamespace
+import re
+import subprocess
+import sys
+from types import ModuleType, SimpleNamespace
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.ragged_paged_attention import gpu, gpu_decode, gpu_prefill, layout_for
+from pallas_kernels.ragged_paged_attention import (
+    gpu,
+    gpu_decode,
+    gpu_prefill,
+    gpu_work,
+    layout_for,
+    triton,
+)
 from pallas_kernels.ragged_paged_attention.gpu_blocks import (
     Blocks,
     DecodeBlocks,
@@ -23,7 +34,22 @@ from pallas_kernels.ragged_paged_attention.gpu_blocks import (
 )
 from tests.kernels.ragged_batches import ragged_batch
 
-MODES = [pytest.param(True, id="interpreted"), pytest.param(False, id="gpu", marks=pytest.mark.gpu)]
+
+class Mode(NamedTuple):
+    """A backend, and whether its kernels are interpreted or compiled."""
+
+    kernels: ModuleType
+    interpret: bool
+
+
+BACKENDS = {"gpu": gpu, "triton": triton}
+MODES = [
+    *(pytest.param(Mode(module, True), id=name) for name, module in BACKENDS.items()),
+    *(
+        pytest.param(Mode(module, False), id=f"{name}-compiled", marks=pytest.mark.gpu)
+        for name, module in BACKENDS.items()
+    ),
+]
 HANGS_AFTER_S = 300
 
 # Splits of one block each, so that every merge has several parts.
@@ -62,7 +88,7 @@ def evaluate(jaxpr, consts, *args):
     jax.core.eval_jaxpr(jaxpr, consts, *args)
 
 
-def run_case(lens, interpret, *, scales=(None, None), blocks=SPLIT, attention=None, **options):
+def run_case(lens, mode, *, scales=(None, None), blocks=SPLIT, attention=None, **options):
     """Returns (actual, expected) over real rows; `options` are of the batch."""
     attention = attention or {}
     dtype = jnp.dtype(options.pop("dtype", jnp.bfloat16))
@@ -74,15 +100,15 @@ def run_case(lens, interpret, *, scales=(None, None), blocks=SPLIT, attention=No
     sides = zip((batch.keys, batch.values), scales, strict=True)
     cache = tuple(jnp.asarray(codes(side, dtype, scale), dtype) for side, scale in sides)
     layout = layout_for(
-        "gpu", page_size=cache[0].shape[1], kv_heads=cache[0].shape[2],
+        name_of(mode), page_size=cache[0].shape[1], kv_heads=cache[0].shape[2],
         head_dim=cache[0].shape[3], dtype=dtype,
     )  # fmt: skip
     shapes = layout.shapes(len(batch.keys))
     assert [(side.shape, side.dtype) for side in cache] == [(s.shape, s.dtype) for s in shapes]
     k_scale, v_scale = (None if scale is None else jnp.float32(scale) for scale in scales)
     attend = functools.partial(
-        gpu.attend, scale=0.25, k_scale=k_scale, v_scale=v_scale, blocks=blocks,
-        interpret=interpret, **attention,
+        mode.kernels.attend, scale=0.25, k_scale=k_scale, v_scale=v_scale, blocks=blocks,
+        interpret=mode.interpret, **attention,
     )  # fmt: skip
     arrays = jax.tree.map(jnp.asarray, (batch.q, batch.k, batch.v, cache, *batch.tables()))
     out, cache = jax.jit(attend, donate_argnums=3)(*arrays)
@@ -90,6 +116,10 @@ def run_case(lens, interpret, *, scales=(None, None), blocks=SPLIT, attention=No
         actual = np.asarray(side).astype(np.float32)
         np.testing.assert_array_equal(actual, codes(expected, dtype, scale))
     return np.asarray(out)[: batch.num_rows], batch.expected(scale=0.25, **attention)
+
+
+def name_of(mode):
+    return next(name for name, module in BACKENDS.items() if module is mode.kernels)
 
 
 def quantized(batch, dtype, scales):
@@ -118,40 +148,40 @@ def check(actual, expected):
     np.testing.assert_allclose(actual, expected, atol=0.03, rtol=0.01)
 
 
-@pytest.mark.parametrize("interpret", MODES)
-def test_mixed_batch_matches_dense_attention_among_junk(interpret):
-    check(*run_case(MIXED, interpret))
+@pytest.mark.parametrize("mode", MODES)
+def test_mixed_batch_matches_dense_attention_among_junk(mode):
+    check(*run_case(MIXED, mode))
 
 
-@pytest.mark.parametrize("interpret", MODES)
-def test_decode_batch_matches_dense_attention_among_junk(interpret):
-    check(*run_case(DECODE, interpret, tokens=8))
+@pytest.mark.parametrize("mode", MODES)
+def test_decode_batch_matches_dense_attention_among_junk(mode):
+    check(*run_case(DECODE, mode, tokens=8))
 
 
-@pytest.mark.parametrize("interpret", MODES)
-def test_window_cap_and_sinks_match_dense_attention(interpret):
+@pytest.mark.parametrize("mode", MODES)
+def test_window_cap_and_sinks_match_dense_attention(mode):
     sinks = np.array([0.5, -1.0, 2.0], np.float32)
     rules = {"sliding_window": 70, "soft_cap": 2.0, "sinks": sinks}
     lens = [(1, 1), (1, 290), (70, 200)]
-    check(*run_case(lens, interpret, attention=rules, heads=3, kv_heads=1))
+    check(*run_case(lens, mode, attention=rules, heads=3, kv_heads=1))
 
 
-@pytest.mark.parametrize("interpret", MODES)
-def test_scaled_8_bit_pages_match_dense_attention(interpret):
+@pytest.mark.parametrize("mode", MODES)
+def test_scaled_8_bit_pages_match_dense_attention(mode):
     scales = (0.5, 2.0)
     options = {"dtype": jnp.float8_e4m3fn, "scales": scales, "kv_heads": 1, "tokens": 32}
-    check(*run_case([(1, 130), (17, 33)], interpret, **options))
+    check(*run_case([(1, 130), (17, 33)], mode, **options))
 
 
-@pytest.mark.parametrize("interpret", MODES)
-def test_nan_in_one_sequence_stays_in_it(interpret):
+@pytest.mark.parametrize("mode", MODES)
+def test_nan_in_one_sequence_stays_in_it(mode):
     lens = [(1, 130), (1, 40), (9, 90), (20, 30)]
     batch = ragged_batch(lens, tokens=64, sequences=4, head_dim=32, dtype=jnp.bfloat16)
     values = batch.values.copy()
     for sequence in (0, 2):  # the first page of each: 0 times its NaN would spoil the others
         values[batch.page_table[sequence, 0], 3] = np.nan
     batch = dataclasses.replace(batch, values=values)
-    out = attend(batch, jnp.bfloat16, interpret)[0]
+    out = attend(batch, jnp.bfloat16, mode)[0]
     first_rows = batch.cu_q_lens[:5]
     is_nan = np.isnan(out).any((1, 2))
     assert [is_nan[a:b].all() for a, b in zip(first_rows, first_rows[1:], strict=False)] == [
@@ -161,11 +191,13 @@ def test_nan_in_one_sequence_stays_in_it(interpret):
     check(out[: batch.num_rows][~is_nan[: batch.num_rows]], expected[~is_nan[: batch.num_rows]])
 
 
-def attend(batch, dtype, interpret):
+def attend(batch, dtype, mode):
     """Returns the result for a batch whose numbers are stored as they are."""
     cache = tuple(jnp.asarray(side, dtype) for side in (batch.keys, batch.values))
     arrays = jax.tree.map(jnp.asarray, (batch.q, batch.k, batch.v, cache, *batch.tables()))
-    attend = functools.partial(gpu.attend, scale=0.25, blocks=SPLIT, interpret=interpret)
+    attend = functools.partial(
+        mode.kernels.attend, scale=0.25, blocks=SPLIT, interpret=mode.interpret
+    )
     out, cache = jax.jit(attend)(*arrays)
     return np.asarray(out), cache
 
@@ -175,7 +207,7 @@ def attend(batch, dtype, interpret):
 def test_decode_items_cover_each_block_once(window, programs):
     context = np.array([0, 1, 64, 65, 1000, 0, 300], np.int32)
     blocks = DecodeBlocks(programs=programs, min_split=2)
-    items, first_item = gpu_decode.items_of(jnp.asarray(context), blocks, 1, window)
+    items, first_item = gpu_work.decode_items(jnp.asarray(context), blocks, 1, window)
     first = np.maximum(context - (window or 10**6), 0)
     expected = [
         (index, block)
@@ -194,7 +226,7 @@ def test_decode_splits_a_long_context_and_no_short_ones():
     blocks = DecodeBlocks(programs=264, min_split=4)
 
     def num_items(context):
-        items, _ = gpu_decode.items_of(jnp.asarray(context, jnp.int32), blocks, 8, None)
+        items, _ = gpu_work.decode_items(jnp.asarray(context, jnp.int32), blocks, 8, None)
         return [sum(row[0] == index for row in rows_of(items)) for index in range(len(context))]
 
     assert num_items([131072]) == [33]  # 264 programs for 8 kv heads
@@ -210,7 +242,7 @@ def test_prefill_items_cover_each_token_once_and_the_longest_contexts_come_first
     kv_lens, q_lens = np.array([7, 9, 100, 65, 0]), np.array([1, 1, 100, 33, 0])
     cu_q_lens = np.concatenate([[0], np.cumsum(q_lens)])
     arrays = (jnp.asarray(array, jnp.int32) for array in (kv_lens, cu_q_lens, [2, 4]))
-    items = gpu_prefill.items_of(*arrays, 160, 32).tolist()
+    items = gpu_work.prefill_items(*arrays, 160, 32).tolist()
     real = [row for row in items if row[2] > 0]
     assert len(real) == 6 and all(row[2] <= 0 for row in items[6:])
     rows = sorted(row for _, first, count, _ in real for row in range(first, first + count))
@@ -252,11 +284,49 @@ def test_blocks_that_do_not_fit_are_refused(blocks, message):
         check_blocks(blocks, 128, jnp.dtype(jnp.bfloat16))
 
 
+def card(capability):
+    return SimpleNamespace(compute_capability=capability, device_kind="a card")
+
+
 def test_devices_without_the_matrix_instruction_are_told_why():
-    assert gpu.device_refusal(SimpleNamespace(compute_capability="9.0")) is None
+    assert gpu.device_refusal(card("9.0")) is None
     for capability in ("8.9", "10.0"):
-        device = SimpleNamespace(compute_capability=capability)
-        assert capability in gpu.device_refusal(device)
+        assert capability in gpu.device_refusal(card(capability))
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "reason"),
+    [
+        ("8.0", "bfloat16", None),
+        ("8.6", "int8", None),
+        ("8.6", "float8_e5m2", None),
+        ("8.9", "float8_e4m3fn", None),
+        ("10.0", "float8_e4m3fn", None),
+        ("8.6", "float8_e4m3fn", "take compute capability 8.9 .* this is 8.6"),
+        ("7.5", "float16", "8.0 .Ampere.; this is 7.5"),
+        ("gfx942", "bfloat16", "NVIDIA GPUs, not for a card"),
+    ],
+)
+def test_triton_serves_cards_from_ampere_on(capability, dtype, reason):
+    refusal = triton.device_refusal(card(capability), jnp.dtype(dtype))
+    assert refusal is None if reason is None else re.search(reason, refusal)
+
+
+def test_where_jax_has_no_triton_any_more_the_kernels_say_so():
+    code = (
+        "import sys; sys.modules['jax.experimental.pallas.triton'] = None\n"
+        "from types import SimpleNamespace\n"
+        "import jax.numpy as jnp\n"
+        "from jaxserve.ops.attention import LayerShape, choose_backend\n"
+        "device = SimpleNamespace(platform='gpu', device_kind='A100', compute_capability='8.0')\n"
+        "shape = LayerShape(heads=4, kv_heads=2, head_dim=64, page_size=16,\n"
+        "    kv_dtype=jnp.dtype('bfloat16'), tokens=8, sequences=8, pages_per_sequence=4)\n"
+        "choice = choose_backend('auto', device, shape)\n"
+        "print(choice.backend, choice.warning)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("reference attention runs on the slower reference")
+    assert "has no Triton lowering any more" in done.stdout
 
 
 WIDE = {
@@ -292,13 +362,40 @@ WIDE = {
 }
 
 
+# What only the kernels that gather keys by row take.
+ANY_SHAPE = {
+    "pages-of-24": {"page_size": 24, "head_dim": 72},
+    "pages-of-2": {"page_size": 2, "head_dim": 24, "lens": DECODE, "tokens": 8},
+}
+# Interpreted, the other shapes are the same code, with other numbers.
+INTERPRETED = {
+    "triton": (
+        *ANY_SHAPE,
+        "multi-query-of-80",
+        "four-heads-of-256",
+        "71-heads-of-one-kv-head",
+        "window-16",
+        "int8-of-128",
+        "float8_e5m2",
+        "tile-borders",
+    ),
+    "gpu": tuple(WIDE),
+}
+CASES = [
+    pytest.param(name, mode.values[0], id=f"{name}-{mode.id}", marks=mode.marks)
+    for mode in MODES
+    for name in (*WIDE, *ANY_SHAPE)
+    if name in INTERPRETED[name_of(mode.values[0])]
+    or (name in WIDE and not mode.values[0].interpret)
+]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("interpret", MODES)
-@pytest.mark.parametrize("name", WIDE)
-def test_shape_matches_dense_attention(name, interpret):
-    case = {"lens": MIXED, "kv_heads": 1, **WIDE[name]}
+@pytest.mark.parametrize(("name", "mode"), CASES)
+def test_shape_matches_dense_attention(name, mode):
+    case = {"lens": MIXED, "kv_heads": 1, **(WIDE | ANY_SHAPE)[name]}
     case["pages_per_sequence"] = 1024 // case.get("page_size", 16) + 1
-    check(*run_case(case.pop("lens"), interpret, **case))
+    check(*run_case(case.pop("lens"), mode, **case))
 
 
 @pytest.mark.slow
@@ -313,5 +410,5 @@ def test_no_thread_reads_shared_memory_that_another_still_writes(dtype, monkeypa
     decode = DecodeBlocks(programs=16, min_split=1)  # several parts to merge
     blocks = Blocks(decode=decode, prefill=PrefillBlocks(block_kv=64))
     options = {"dtype": dtype, "scales": scales, "blocks": blocks, "kv_heads": 1}
-    check(*run_case([(1, 300), (40, 290)], True, sequences=2, **options))
+    check(*run_case([(1, 300), (40, 290)], Mode(gpu, True), sequences=2, **options))
     assert not gpu_callbacks.get_races().races_found

@@ -11,10 +11,12 @@ from jaxserve.ops.linear import linear, matmul_f32
 from jaxserve.ops.quantization import (
     Blocks,
     Fused,
+    Kernel,
     Quantized,
     QuantizedWeight,
     dequantize,
     form_for,
+    has_kernel,
     multiplies_natively,
     quantize,
     round_to,
@@ -48,7 +50,14 @@ KINDS = {
 }
 
 
-@pytest.mark.parametrize("form", [Fused(), Blocks(num_rows=32), Blocks(num_rows=256)], ids=str)
+TPU_KERNEL = Kernel(backend="tpu", max_rows=None, otherwise=Fused())
+GPU_KERNEL = Kernel(backend="triton", max_rows=256, otherwise=Blocks(num_rows=2048))
+
+
+# These are of float32: no kernel multiplies them.
+@pytest.mark.parametrize(
+    "form", [Fused(), Blocks(num_rows=32), Blocks(num_rows=256), GPU_KERNEL], ids=str
+)
 @pytest.mark.parametrize("kind", KINDS)
 def test_products_are_those_of_the_floats(kind, form):
     weight = KINDS[kind](form)
@@ -163,18 +172,20 @@ def test_widths_that_disagree_are_refused():
     ("platform", "is_native", "activations", "num_groups", "form"),
     [
         ("cpu", False, "dynamic", 1, Blocks(num_rows=256)),
+        ("cpu", False, "dynamic", 32, Blocks(num_rows=256)),
         ("tpu", True, "float", 1, Fused()),
-        ("tpu", True, "float", 32, Fused()),
+        ("tpu", True, "float", 32, TPU_KERNEL),
         ("tpu", True, "dynamic", 1, Quantized(is_static=False)),
         ("tpu", False, "dynamic", 1, Fused()),
         ("gpu", True, "static", 1, Quantized(is_static=True)),
-        ("gpu", True, "dynamic", 32, Blocks(num_rows=2048)),
+        ("gpu", True, "dynamic", 32, GPU_KERNEL),
     ],
 )
 def test_the_form_follows_the_device(platform, is_native, activations, num_groups, form):
     actual = form_for(
         platform,
         is_native=is_native,
+        has_kernel=True,
         activations=activations,
         num_groups=num_groups,
         has_zero=False,
@@ -183,8 +194,39 @@ def test_the_form_follows_the_device(platform, is_native, activations, num_group
     assert actual == form
 
 
+def test_groups_without_a_kernel_go_xlas_way():
+    options = {"is_native": False, "has_kernel": False, "has_zero": True, "in_size": 4096}
+    options |= {"activations": "float", "num_groups": 128}
+    assert form_for("tpu", **options) == Fused()
+    assert form_for("gpu", **options) == Blocks(num_rows=2048)
+
+
+@pytest.mark.parametrize(
+    ("platform", "kind", "capability", "dtype", "expected"),
+    [
+        ("cpu", "cpu", None, INT4, False),
+        ("tpu", "TPU v5 lite", None, INT4, True),
+        ("tpu", "TPU v99", None, INT4, False),
+        ("gpu", "NVIDIA A100", "8.0", INT4, True),
+        ("gpu", "NVIDIA A100", "8.0", FLOAT8, False),
+        ("gpu", "NVIDIA L4", "8.9", FLOAT8, True),
+        ("gpu", "Tesla T4", "7.5", INT4, False),
+        ("gpu", "MI300X", "gfx942", INT4, False),
+    ],
+)
+def test_the_kernel_for_groups_is_where_the_device_can(platform, kind, capability, dtype, expected):
+    device = SimpleNamespace(platform=platform, device_kind=kind, compute_capability=capability)
+    assert has_kernel(device, dtype) == expected
+
+
 def test_activations_stay_float_beside_zeros_and_int4():
-    options = {"is_native": True, "activations": "dynamic", "num_groups": 1, "in_size": 4096}
+    options = {
+        "is_native": True,
+        "has_kernel": True,
+        "activations": "dynamic",
+        "num_groups": 1,
+        "in_size": 4096,
+    }
     assert form_for("gpu", has_zero=True, **options) == Fused()
     for platform in ("gpu", "tpu"):
         device = SimpleNamespace(

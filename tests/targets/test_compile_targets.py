@@ -27,6 +27,7 @@ CASES = [
         ("v6e", "llama-3.1-8b", 2, ("decode",)),
         ("h100", "llama-3.1-8b", 2, ("decode", "mixed")),
         ("h100", "gemma-3-27b", 6, ("mixed",)),
+        ("a100", "llama-3.1-8b", 1, ("mixed",)),
         ("v5e", "smollm2-135m", None, ("decode",)),
         ("h100", "smollm2-135m", None, ("decode", "mixed")),
     )

@@ -1,4 +1,4 @@
-"""The attention kernels compiled for an H100 that is not here, and what they take of it."""
+"""The attention kernels compiled for GPUs that are not here, and what they take of them."""
 
 import tomllib
 from pathlib import Path
@@ -57,6 +57,33 @@ def test_the_budget_of_shared_memory_is_what_the_compiler_takes(dtype):
         budget = shared_bytes(sizes, case.head_dim, jnp.dtype(dtype))
         taken = kernels[f"paged_attention_{name}"].shared_bytes
         assert budget - 4096 <= taken <= budget
+
+
+# Two that take most, and one of each other card's. Bounds of the card with least shared memory.
+OLDER = [
+    KernelCase(target="a100", step="mixed", dtype="int8"),
+    KernelCase(target="a100", step="mixed", head_dim=80, page_size=4, has_sinks=True),
+    KernelCase(target="a10", step="mixed", head_dim=256, heads=8, sliding_window=128),
+    KernelCase(target="l4", step="mixed", head_dim=64, dtype="float8_e4m3fn", soft_cap=50.0),
+]
+
+
+@pytest.mark.parametrize("case", OLDER, ids=str)
+def test_the_kernels_for_older_cards_compile_in_place_and_spill_nothing(case):
+    compiled = compile_kernels(case)
+    assert compiled.refusal is None
+    assert compiled.alias_bytes >= compiled.cache_bytes and compiled.cache_copies == 0
+    names = {f"paged_attention_{name}" for name in ("decode", "merge", "prefill")}
+    assert compiled.kernels.keys() == names
+    for kernel in compiled.kernels.values():
+        assert kernel.spill_bytes == 0
+        assert kernel.shared_bytes <= 99 * 1024
+    assert compiled.kernels["paged_attention_decode"].registers <= 168
+
+
+def test_float8_pages_that_a_card_cannot_convert_are_not_compiled():
+    compiled = compile_kernels(KernelCase(target="a100", dtype="float8_e4m3fn"))
+    assert compiled.kernels == {} and "8.9" in (compiled.refusal or "")
 
 
 def test_what_does_not_compile_says_why():

@@ -7,8 +7,7 @@ from scripts.compile_targets import Case, compile_case, count_dense, use_compile
 pytestmark = pytest.mark.slow
 
 # (target, quantization, kv_cache_dtype): MiB of two layers' weights, and how many matrices a step
-# writes out as floats. A compiler reads int8 and float8 as they lie, and a TPU's int4 too. For an
-# H100 int4 goes by blocks of 2,048 rows: only q and o, of 4,096, could count.
+# writes out as floats. A compiler reads int8 and float8 as they lie, and kernels do int4.
 KEYS_AND_VALUES = 2 * 1024 * 4096  # 8 bit with int4 too
 LAYER = 2 * 4096 * 4096 + KEYS_AND_VALUES + 3 * 14336 * 4096
 ROWS = 2 * 4096 + 2 * 1024 + 2 * 14336 + 4096
