@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 from typing import Any
+
+import orjson
 
 from jaxserve.server.protocol.messages import (
     Message,
@@ -127,8 +128,13 @@ def _whole(block: OutputBlock, text: str) -> OutputBlock:
 
 
 def _input(arguments: str) -> Any:
-    """Returns a call's arguments; cut off, they go under Anthropic's name for that."""
+    """Returns a call's arguments; if they are no object, they go under Anthropic's name for that.
+
+    So do those that a reply cannot hold, such as 300 lists in one another.
+    """
     try:
-        return json.loads(arguments or "{}")
-    except ValueError:
-        return {"INVALID_JSON": arguments}
+        value = orjson.loads(arguments or "{}")
+        orjson.dumps(value)
+    except (orjson.JSONDecodeError, orjson.JSONEncodeError):
+        value = None
+    return value if isinstance(value, dict) else {"INVALID_JSON": arguments}

@@ -4,6 +4,7 @@ import json
 
 import msgspec
 import orjson
+import pytest
 
 from jaxserve.server.message_input import chat_request
 from jaxserve.server.message_writer import MessageWriter
@@ -86,6 +87,18 @@ def test_a_schema_becomes_a_response_format():
     asked["json_schema"]["strict"] = True
     assert chat_of(output_config={"format": format}).response_format == asked
     assert chat_of(output_format=format).response_format == asked
+
+
+@pytest.mark.parametrize(
+    "said", ['{"a": ', "[1]", '{"a": ' + "[" * 300 + "]" * 300 + "}", '{"a": NaN}']
+)
+def test_arguments_that_no_reply_can_hold_are_told_as_text(said):
+    usage = MessageUsage(input_tokens=1, output_tokens=2)
+    writer = MessageWriter(Message(id="msg_1", model="m", content=[], usage=usage))
+    writer.add(Said(calls=(CallDelta(0, said, "t0", "add"),)))
+    writer.finish("tool_use", None, usage)
+    (use,) = json.loads(orjson.dumps(writer.message))["content"]
+    assert use["input"] == {"INVALID_JSON": said}
 
 
 def test_thinking_text_and_tool_use_are_blocks_of_their_own():

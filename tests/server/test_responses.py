@@ -221,6 +221,8 @@ def test_truncation_drops_the_oldest_turns(http):
         ({"service_tier": "flex"}, "service_tier"),
         ({"reasoning": {"summary": "detailed"}}, "reasoning.summary"),
         ({"text": {"verbosity": "low"}}, "text.verbosity"),
+        ({"max_tool_calls": 10**30}, "max_tool_calls"),
+        ({"text": {"format": {"type": "json_schema", "schema": {"maximum": 10**30}}}}, "text"),
         ({"tools": [{"type": "web_search"}]}, "tools.0.type"),
         ({"tools": [{"type": "function"}]}, "tools.0.name"),
         ({"tool_choice": {"type": "custom", "name": "a"}}, "tool_choice"),

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
+import orjson
 
 from jaxserve.errors import RequestError
 from jaxserve.server.protocol.reasoning import Effort
@@ -174,12 +175,14 @@ class ResponseRequest(msgspec.Struct, kw_only=True):
                 f"input has {len(self.input)} items; the limit is {MAX_INPUT_ITEMS}", param="input"
             )
         for name in ("max_output_tokens", "max_tool_calls"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise RequestError(f"{name} is {value}; it must be at least 1", param=name)
+            if (value := getattr(self, name)) is not None and not 1 <= value < 2**31:
+                raise RequestError(f"{name} is {value}; it must be in [1, {2**31 - 1}]", param=name)
         _one_of("truncation", self.truncation, "auto", "disabled")
         self._check_include()
         self._check_options()
         _check_metadata(self.metadata or {})
+        for name in ("text", "tools", "tool_choice"):
+            _check_echo(name, getattr(self, name))
 
     def _check_include(self) -> None:
         for index, name in enumerate(self.include or ()):
@@ -212,6 +215,14 @@ def _one_of(param: str, value: str | None, *known: str) -> None:
         raise RequestError(
             f"{param} is {value[:100]!r}; this server takes {' and '.join(known)}", param=param
         )
+
+
+def _check_echo(param: str, value: Any) -> None:
+    """Raises `RequestError` for what the reply could not show, such as an integer of 30 digits."""
+    try:
+        orjson.dumps(msgspec.to_builtins(value))
+    except orjson.JSONEncodeError as error:
+        raise RequestError(f"{param} cannot be written as JSON: {error}", param=param) from error
 
 
 def _check_metadata(metadata: dict[str, str]) -> None:
