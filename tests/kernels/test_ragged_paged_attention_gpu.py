@@ -374,10 +374,8 @@ INTERPRETED = {
         "multi-query-of-80",
         "four-heads-of-256",
         "71-heads-of-one-kv-head",
-        "window-16",
         "int8-of-128",
         "float8_e5m2",
-        "tile-borders",
     ),
     "gpu": tuple(WIDE),
 }

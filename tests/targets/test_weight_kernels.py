@@ -10,7 +10,6 @@ pytestmark = pytest.mark.slow
 # own way takes: where that falls below, the kernel may have had its day.
 BOUNDS = {
     ("v5e", "int4", 16): (144_000, 1_000_000),
-    ("v6e", "fp8-blocks", 256): (330_000, 900_000),
 }
 
 
