@@ -114,7 +114,7 @@ def test_completions_and_chat_search_with_beams(http):
     assert choices[1]["logprobs"]["top_logprobs"][1] == {"b": -2.0, "a": -1.0}
     assert reply["usage"] == {
         "prompt_tokens": 3, "completion_tokens": 8, "total_tokens": 11,
-        "prompt_tokens_details": None,
+        "prompt_tokens_details": None, "completion_tokens_details": None,
     }  # fmt: skip
     body = {"messages": [{"role": "user", "content": "hi"}], "n": 2, "max_tokens": 2}
     reply = http.post("/v1/chat/completions", json={**body, "use_beam_search": True}).json()

@@ -196,7 +196,9 @@ def test_a_killed_replica_takes_no_request_of_the_other_with_it(cluster):
     whole = [stream for stream in streams if stream.is_whole]
     assert 0 < len(whole) < NUM_STREAMS
     # What the survivor says of itself: all that it had went to its end, and these are those.
-    assert finished(cluster.url) == {"abort": 0, "length": len(whole), "stop": 0}
+    num_finished = finished(cluster.url)
+    assert num_finished.pop("length") == len(whole)
+    assert not any(num_finished.values())
     assert [complete(cluster.url) for _ in range(4)] == [200] * 4
 
     processes |= descendants(cluster.process.pid)

@@ -111,22 +111,20 @@ def test_greedy_tokens_in_a_batch_of_32_with_staggered_arrivals_are_the_same(
 
 
 def test_chunks_of_16_and_preemption_do_not_change_tokens(config, prompts, together):
-    # Pages for three sequences of full length, sixteen requests.
-    small = dataclasses.replace(
-        config, max_num_batched_tokens=16, max_num_seqs=16, num_pages=3 * 16
-    )
+    # Pages for two sequences of full length, eight requests.
+    small = dataclasses.replace(config, max_num_batched_tokens=16, max_num_seqs=8, num_pages=2 * 16)
     other = EngineCore(small, print)
-    assert tokens_of(run(other, prompts[:16], GREEDY)) == together[:16]
+    assert tokens_of(run(other, prompts[:8], GREEDY)) == together[:8]
     assert other.stats().num_preemptions > 0
     sampled = dataclasses.replace(
         GREEDY, temperature=0.8, top_p=0.95, seed=7, repetition_penalty=1.1
     )
-    squeezed = tokens_of(run(other, prompts[:16], sampled))
+    squeezed = tokens_of(run(other, prompts[:8], sampled))
     other.close()
     wide = EngineCore(dataclasses.replace(config, enable_prefix_caching=False), print)
-    assert tokens_of(run(wide, prompts[:16], sampled)) == squeezed
-    alone = [run(wide, [prompt], sampled)[0].tokens for prompt in prompts[:4]]
-    assert alone == squeezed[:4]
+    assert tokens_of(run(wide, prompts[:8], sampled)) == squeezed
+    alone = [run(wide, [prompt], sampled)[0].tokens for prompt in prompts[:2]]
+    assert alone == squeezed[:2]
     wide.close()
 
 

@@ -64,11 +64,6 @@ def test_the_echoed_prompt_is_scored(client):
     assert all(value < 0 for value in (logprobs.token_logprobs or ())[1:])
 
 
-def test_sigterm_ends_the_server_with_0(server):
-    server.process.send_signal(signal.SIGTERM)
-    assert server.process.wait(60) == 0
-
-
 def test_an_answer_keeps_to_its_schema(client):
     schema = {
         "type": "object",
@@ -88,3 +83,8 @@ def test_an_answer_keeps_to_its_schema(client):
     )
     assert reply.choices[0].finish_reason == "stop"
     jsonschema.validate(json.loads(reply.choices[0].message.content), schema)
+
+
+def test_sigterm_ends_the_server_with_0(server):
+    server.process.send_signal(signal.SIGTERM)
+    assert server.process.wait(60) == 0

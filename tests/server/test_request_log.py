@@ -9,6 +9,7 @@ import pytest
 from jaxserve.config import ServerConfig
 from jaxserve.server.log import JsonFormatter, TextFormatter, configure_log
 from tests.server.serving import EchoServer
+from tests.waiting import wait_until
 
 
 @pytest.fixture(scope="module")
@@ -19,9 +20,14 @@ def http():
 
 
 def fields_of(caplog, count: int = 1) -> list[dict]:
-    found = [record.fields for record in caplog.records if record.name == "jaxserve.requests"]
-    assert len(found) == count
-    return found
+    """Returns the fields of the requests' lines; one may come after its reply has been read."""
+
+    def found() -> list[dict]:
+        return [record.fields for record in caplog.records if record.name == "jaxserve.requests"]
+
+    wait_until(lambda: len(found()) >= count)
+    assert len(found()) == count
+    return found()
 
 
 def test_a_line_tells_counts_and_never_text(http, caplog):

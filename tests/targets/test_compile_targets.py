@@ -29,7 +29,7 @@ CASES = [
         ("h100", "gemma-3-27b", 6, ("mixed",)),
         ("a100", "llama-3.1-8b", 1, ("mixed",)),
         ("v5e", "smollm2-135m", None, ("decode",)),
-        ("h100", "smollm2-135m", None, ("decode", "mixed")),
+        ("h100", "smollm2-135m", None, ("mixed",)),
     )
     for bucket in buckets
 ]
