@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import json
+import logging
 import secrets
 import sys
 from collections.abc import Iterator, Sequence
@@ -25,6 +26,8 @@ from jaxserve.errors import ConfigError
 from jaxserve.options import BatchOptions
 from jaxserve.server.life import build_app
 from jaxserve.server.log import configure_log
+
+logger = logging.getLogger("jaxserve")
 
 ENDPOINTS = ("/v1/chat/completions", "/v1/completions")
 RETRY_S = 0.05
@@ -175,5 +178,11 @@ async def _post(app: Starlette, line: Line, request_id: str) -> tuple[int, dict[
             (b"x-request-id", request_id.encode()),
         ],
     }
-    await app(scope, receive, send)
+    try:
+        await app(scope, receive, send)
+    except Exception:
+        if status != 500:
+            raise
+        # Starlette raises again what it has answered; the other lines are to be answered, too.
+        logger.exception("line %s failed", line.custom_id)
     return status, json.loads(b"".join(received))

@@ -108,7 +108,9 @@ async def admit(
 ) -> Generation:
     """Returns the generation of all requests: a beam search, where the body asks for one."""
     if body.use_beam_search:
-        return _beam_generation(state, body, prompts, num_reasoning=num_reasoning)
+        return _beam_generation(
+            state, body, prompts, is_echo_only=is_echo_only, num_reasoning=num_reasoning
+        )
     return await start(state, prompts, is_echo_only=is_echo_only, num_reasoning=num_reasoning)
 
 
@@ -117,7 +119,8 @@ def _beam_generation(
     body: GenerationFields,
     prompts: Sequence[Sequence[Request]],
     *,
-    num_reasoning: Callable[[], int] | None = None,
+    is_echo_only: bool,
+    num_reasoning: Callable[[], int] | None,
 ) -> Generation:
     _, info, _ = state.loaded()
     asked = prompts[0][0].params
@@ -130,7 +133,11 @@ def _beam_generation(
     )
     params.check_logprobs(info.max_logprobs)
     return Generation(
-        state, BeamUpdates(state, prompts, params), prompts, num_reasoning=num_reasoning
+        state,
+        BeamUpdates(state, prompts, params),
+        prompts,
+        is_echo_only=is_echo_only,
+        num_reasoning=num_reasoning,
     )
 
 

@@ -40,6 +40,7 @@ from jaxserve.server.protocol.common import StreamOptions, stream_options
 from jaxserve.server.protocol.tools import delta_body, message_body
 from jaxserve.server.reading import Reading
 from jaxserve.server.state import ServerState
+from jaxserve.text.chat_template import texts_of
 
 _decoder = msgspec.json.Decoder(ChatRequest)
 
@@ -68,7 +69,7 @@ async def create_chat_completion(http: HttpRequest) -> Response:
     reply_id, arrival_s = arrival(http, body, "chatcmpl-")
     model = state.model_name_for(body.model)
     conversation = await converse(http, body, reply_id=reply_id, arrival_s=arrival_s)
-    role = role_of(body, state)
+    role = role_of(body, state)  # of messages that have been rendered, and so are well-formed
     reply = Reply(
         id=reply_id,
         created=int(time.time()),
@@ -106,7 +107,7 @@ def _last_text(message: dict[str, Any], role: str) -> str:
     content = message.get("content") or ""
     if isinstance(content, str):
         return content
-    return "\n".join(part if isinstance(part, str) else part["text"] for part in content)
+    return "\n".join(texts_of(content, -1))
 
 
 def completion(reply: Reply, outcomes: Sequence[Outcome]) -> ChatCompletion:

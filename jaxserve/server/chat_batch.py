@@ -32,6 +32,8 @@ _REFUSED: dict[str, tuple[Any, ...]] = {
     "use_beam_search": (None, False),
     "echo": (None, False),
     "tools": (None,),
+    "tool_choice": (None, "none"),
+    "parallel_tool_calls": (None,),
     "prompt_logprobs": (None,),
     "return_prompt_text": (None, False),
 }

@@ -47,6 +47,8 @@ class MessageWriter:
     def add(self, said: Said) -> list[Event]:
         """Returns the events of what has been said."""
         events: list[Event] = []
+        for call in said.rest:
+            events += self._call(call)
         if said.reasoning:
             if not isinstance(self._open, ThinkingBlock):
                 events += self._begin(ThinkingBlock(thinking="", signature=""))
@@ -55,7 +57,7 @@ class MessageWriter:
             if not isinstance(self._open, TextBlock):
                 events += self._begin(TextBlock(text=""))
             events.append(self._delta("text_delta", "text", said.content))
-        for call in said.calls:
+        for call in said.new_calls:
             events += self._call(call)
         return events
 

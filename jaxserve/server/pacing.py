@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncGenerator
 from typing import TYPE_CHECKING
 
@@ -70,8 +71,9 @@ async def kept_alive(
     Proxies close connections that are silent for long, as one with a queued request is.
     """
     if not interval_s:
-        async for frame in frames:
-            yield frame
+        async with contextlib.aclosing(frames):
+            async for frame in frames:
+                yield frame
         return
     coming: asyncio.Future[bytes] | None = None
     try:

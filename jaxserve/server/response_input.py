@@ -147,7 +147,7 @@ def _chosen(
             f"tool_choice.mode is {choice.mode!r}; it is auto or required",
             param="tool_choice.mode",
         )
-    allowed = [entry.get("name") for entry in choice.tools or ()]
+    allowed = {str(entry.get("name")) for entry in choice.tools or ()}
     known = {tool.name for tool in tools}
     for name in allowed:
         if name not in known:
@@ -272,7 +272,7 @@ def _json_object(arguments: str) -> str:
     """
     try:
         is_object = isinstance(json.loads(arguments or "{}"), dict)
-    except ValueError:
+    except (ValueError, RecursionError):
         is_object = False
     return arguments if is_object else json.dumps({"INVALID_JSON": arguments}, ensure_ascii=False)
 

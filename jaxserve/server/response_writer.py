@@ -55,12 +55,14 @@ class ResponseWriter:
     def add(self, said: Said, logprobs: Sequence[Any] = ()) -> list[Event]:
         """Returns the events of what has been said, with the log-probabilities of its content."""
         events: list[Event] = []
+        for call in said.rest:
+            events += self._call(call)
         if said.reasoning:
             events += self._say(_Reasoning, said.reasoning)
         self._early.extend(logprobs)
         if said.content or isinstance(self._open, _Message):
             events += self._say(_Message, said.content)
-        for call in said.calls:
+        for call in said.new_calls:
             events += self._call(call)
         return events
 

@@ -26,6 +26,7 @@ RESERVED = frozenset(
     "messages conversation tools documents chat_template add_generation_prompt tokenize "
     "continue_final_message padding truncation max_length tokenizer_kwargs template".split()
 )
+MAX_ARGUMENTS_DEPTH = 64
 _CONTINUE = "CONTINUE_FINAL_MESSAGE_TAG "
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 _TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
@@ -126,12 +127,15 @@ class ChatTemplate:
             raise RequestError(f"messages[{index}] must be an object with a role", param="messages")
         if plain["role"] == "developer" and "developer" not in self.source:
             plain["role"] = "system"
-        texts = list(_texts(plain.get("content"), index))
+        texts = list(texts_of(plain.get("content"), index))
         if self.content_format == "string":
             plain["content"] = "\n".join(texts)
         elif not isinstance(plain.get("content"), str) or not self._takes_strings:
             plain["content"] = [{"type": "text", "text": text} for text in texts]
-        for call in plain.get("tool_calls") or ():
+        calls = plain.get("tool_calls") or ()
+        if not isinstance(calls, list | tuple):
+            raise RequestError(f"messages[{index}].tool_calls must be a list", param="messages")
+        for call in calls:
             _parse_arguments(call, index)
         return plain
 
@@ -157,7 +161,7 @@ def encode_chat(
         "messages": template.prepare(messages),
         "tools": _plain(tools, "tools"),
         "documents": _plain(documents, "documents"),
-        "variables": _plain(variables or {}, "chat_template_kwargs"),
+        "variables": _variables(variables or {}),
     }
     guarded = tokenizer.guard(inputs)
     text = template.render(
@@ -173,6 +177,15 @@ def encode_chat(
         return ChatPrompt(text=text, tokens=tokens)
     tokens = tokenizer.encode_rendered(text, add_special_tokens=add_special_tokens)
     return ChatPrompt(text=text.replace(SENTINEL, ""), tokens=tokens)
+
+
+def _variables(variables: Mapping[str, Any]) -> Any:
+    """Returns the client's own variables. Raises `RequestError` for one with a name of ours."""
+    if taken := sorted((RESERVED | {"self"}) & variables.keys()):
+        raise RequestError(
+            f"chat_template_kwargs may not set {', '.join(taken)}", param="chat_template_kwargs"
+        )
+    return _plain(variables, "chat_template_kwargs")
 
 
 def _plain(value: Any, where: str) -> Any:
@@ -207,8 +220,8 @@ def _aliased(message: dict[str, Any]) -> dict[str, Any]:
     return {"thinking": reasoning, **message, "reasoning_content": reasoning}
 
 
-def _texts(content: Any, index: int) -> Iterator[str]:
-    """Yields the text parts of a message's content; raises for any other part."""
+def texts_of(content: Any, index: int) -> Iterator[str]:
+    """Yields the text parts of a message's content; `RequestError` for any other part."""
     if content is None:
         return
     if isinstance(content, str):
@@ -222,7 +235,8 @@ def _texts(content: Any, index: int) -> Iterator[str]:
             yield part
             continue
         kind = part.get("type", "text") if isinstance(part, dict) else type(part).__name__
-        text = part.get(_TEXT_PARTS[kind]) if kind in _TEXT_PARTS else None
+        is_known = isinstance(kind, str) and kind in _TEXT_PARTS
+        text = part.get(_TEXT_PARTS[kind]) if is_known else None
         if not isinstance(text, str):
             raise RequestError(
                 f"messages[{index}].content holds a part of type {kind!r}; "
@@ -242,12 +256,32 @@ def _parse_arguments(call: Any, index: int) -> None:
     if not isinstance(arguments := function.get("arguments"), str):
         return
     try:
-        function["arguments"] = json.loads(arguments) if arguments else {}
+        function["arguments"] = _loads(arguments) if arguments else {}
     except ValueError as error:
         raise RequestError(
             f"messages[{index}].tool_calls has arguments that are not JSON: {error}",
             param="messages",
         ) from error
+
+
+def _loads(text: str) -> Any:
+    """Returns JSON of at most MAX_ARGUMENTS_DEPTH levels. Raises `ValueError`."""
+    too_deep = ValueError(f"they nest deeper than {MAX_ARGUMENTS_DEPTH} levels")
+    try:
+        value = json.loads(text)
+    except RecursionError:
+        raise too_deep from None
+    level = [value]
+    for _ in range(MAX_ARGUMENTS_DEPTH + 1):
+        inner = [one.values() if isinstance(one, dict) else one for one in level if _nests(one)]
+        if not inner:
+            return value
+        level = [part for parts in inner for part in parts]
+    raise too_deep
+
+
+def _nests(value: Any) -> bool:
+    return isinstance(value, dict | list)
 
 
 def _tag_final(chat: list[dict[str, Any]], source: str) -> str:

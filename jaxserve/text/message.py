@@ -29,6 +29,16 @@ class Said(NamedTuple):
     reasoning: str = ""
     calls: tuple[CallDelta, ...] = ()
 
+    @property
+    def rest(self) -> tuple[CallDelta, ...]:
+        """The rest of a call that had begun before: it comes first."""
+        return tuple(call for call in self.calls if call.name is None)
+
+    @property
+    def new_calls(self) -> tuple[CallDelta, ...]:
+        """Calls that begin here, behind reasoning and content."""
+        return tuple(call for call in self.calls if call.name is not None)
+
 
 class MessageReader:
     """Reads one sample. One thread at a time may use it.

@@ -152,6 +152,8 @@ def test_a_bad_completion_names_its_field(http, body, param):
         ({"messages": HI, "tool_choice": "required"}, "tool_choice"),
         ({"messages": HI, "chat_template": "{{ 1 }}"}, "chat_template"),
         ({"messages": HI, "chat_template_kwargs": {"tokenize": True}}, "chat_template_kwargs"),
+        ({"messages": HI, "chat_template_kwargs": {"tools": 1}}, "chat_template_kwargs"),
+        ({"messages": HI, "chat_template_kwargs": {"self": 1}}, "chat_template_kwargs"),
         ({"messages": HI, "continue_final_message": True}, "continue_final_message"),
         ({"messages": HI, "response_format": {"type": "json_schema"}}, "response_format"),
         ({"messages": HI, "truncate_prompt_tokens": 200}, "truncate_prompt_tokens"),

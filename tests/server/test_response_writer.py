@@ -108,6 +108,15 @@ def test_reasoning_text_and_calls_follow_one_another(writer):
     assert done == events[-1]["response"]["output"]
 
 
+def test_text_behind_the_end_of_a_call_in_one_piece_comes_behind_it(writer):
+    call = CallDelta(0, id="c0", name="add", arguments='{"a"')
+    writer.add(Said(calls=(call,)))
+    writer.add(Said(content="Done", calls=(CallDelta(0, ":1}"),)))
+    writer.finish("stop", USAGE)
+    first, second = writer.response.output
+    assert (first.arguments, second.content[0].text) == ('{"a":1}', "Done")
+
+
 def test_a_response_cut_off_is_incomplete_where_it_was_cut(writer):
     for said in STEPS[:3]:
         writer.add(said)
