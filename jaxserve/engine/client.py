@@ -163,6 +163,9 @@ class EngineThread:
             self._compiler.close()
 
     def _matcher_for(self, grammar: Grammar) -> Matcher:
+        with self._lock:
+            if self._is_closed:
+                raise EngineStopped("the engine has stopped") from self.error
         if self._compiler is None:
             raise RequestError(
                 f"{grammar.param} cannot be honoured: the model has no token that ends an answer, "

@@ -75,25 +75,28 @@ class GrammarCompiler:
         vocab_size: int,  # of the masks
         eos_tokens: tuple[int, ...],
     ) -> None:
-        self._tokenizer = llguidance.LLTokenizer(
-            _Tokens(vocabulary, vocab_size, eos_tokens[0]),  # type: ignore[arg-type]
-            eos_token=list(eos_tokens),
-        )
         self._mask_words = -(-vocab_size // 32)
         self._executor = llguidance.LLExecutor(1)
         self._compiled: OrderedDict[str, Future[llguidance.LLMatcher]] = OrderedDict()
         self._lock = threading.Lock()  # guards `_compiled`
         self._pool = ThreadPoolExecutor(_NUM_COMPILERS, thread_name_prefix="grammar")
+        # Seconds for a large vocabulary: whoever sends it must not wait.
+        self._tokenizer = self._pool.submit(
+            llguidance.LLTokenizer,
+            _Tokens(vocabulary, vocab_size, eos_tokens[0]),  # type: ignore[arg-type]
+            eos_token=list(eos_tokens),
+        )
 
     def matcher_for(self, grammar: Grammar) -> Matcher:
         """Returns a matcher at the grammar's start, from the cache or once it is compiled.
 
         Raises `RequestError` with the compiler's reason, or when that takes too long.
         """
+        tokenizer = self._tokenizer.result()
         with self._lock:
             future = self._compiled.get(grammar.source)
             if future is None:
-                future = self._pool.submit(self._compile, grammar.source)
+                future = self._pool.submit(self._compile, grammar.source, tokenizer)
                 self._compiled[grammar.source] = future
             self._compiled.move_to_end(grammar.source)
             while len(self._compiled) > MAX_COMPILED:
@@ -119,9 +122,9 @@ class GrammarCompiler:
             if self._compiled.get(source) is future:
                 del self._compiled[source]
 
-    def _compile(self, source: str) -> llguidance.LLMatcher:
+    def _compile(self, source: str, tokenizer: llguidance.LLTokenizer) -> llguidance.LLMatcher:
         """Returns a grammar that has given its first mask: some faults only show there."""
-        matcher = llguidance.LLMatcher(self._tokenizer, source, log_level=0, limits=_LIMITS)
+        matcher = llguidance.LLMatcher(tokenizer, source, log_level=0, limits=_LIMITS)
         mask = np.zeros((1, self._mask_words), np.int32)
         if not matcher.is_error():
             fill_next_token_bitmask_par(self._executor, [(matcher, 0)], mask)

@@ -232,8 +232,6 @@ class IpcClient:
 
     async def stats(self) -> EngineStats:
         """Returns the engine's counters. Raises `EngineStopped` when there is no engine."""
-        if self.error is not None:
-            raise self._stopped_error()
         answer = await self._call(AskStats)
         assert isinstance(answer, Stats)
         return answer.stats
@@ -274,6 +272,8 @@ class IpcClient:
             raise _refusal(answer)
 
     async def _call(self, message_for: Callable[[int], ToEngine]) -> Admitted | Stats:
+        if self.error is not None:  # it may have come while the caller waited for something else
+            raise self._stopped_error()
         call = next(self._calls)
         answer: asyncio.Future[Admitted | Stats] = asyncio.get_running_loop().create_future()
         self._answers[call] = answer

@@ -42,6 +42,7 @@ except ImportError:  # `device_refusal` says so
 _DTYPES = ("bfloat16", "float16", "float8_e4m3fn", "float8_e5m2", "int8")
 _MAX_HEAD_DIM = 256
 _LEAST_ROWS = 16  # of a product's operand
+_MAX_BYTES = 2**31 - 1  # offsets are 64 bits wide only for arrays of 2^32 bytes and more
 
 # By the largest head size they serve. Of a program's shared memory, of which the cards with least
 # have 99 KiB, blocks of keys and values take all: `stages - 1` of each. A third stage lets the page
@@ -110,6 +111,11 @@ def attend(
     **rules: Any,  # scale, window, cap, sinks, scales
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
     """Returns the attention of `api.ragged_paged_attention` and the cache with the new rows."""
+    if cache[0].dtype.itemsize == 1 and cache[0].size > _MAX_BYTES:
+        raise ValueError(
+            f"a layer's keys are {cache[0].size} bytes of 8-bit pages; the limit is {_MAX_BYTES}, "
+            "as the Triton lowering counts in 32 bits: give fewer num_pages"
+        )
     if blocks is None:
         head_dim = cache[0].shape[3]
         blocks = next(sizes for largest, sizes in _TABLE.items() if head_dim <= largest)

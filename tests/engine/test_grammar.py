@@ -165,7 +165,9 @@ def test_equal_grammars_are_compiled_once_and_the_oldest_are_forgotten(compiler,
     compiled = []
     compile = compiler._compile
     monkeypatch.setattr(
-        compiler, "_compile", lambda source: (compiled.append(source), compile(source))[1]
+        compiler,
+        "_compile",
+        lambda source, tokenizer: (compiled.append(source), compile(source, tokenizer))[1],
     )
     grammars = [Grammar(source=f'start: "{index}"') for index in range(MAX_COMPILED + 1)]
     for grammar in (grammars[0], *grammars, grammars[-1], grammars[0]):
@@ -185,7 +187,7 @@ def test_a_refused_grammar_is_not_kept(compiler):
 
 def test_a_compiler_that_takes_too_long_is_not_waited_for(compiler, monkeypatch):
     monkeypatch.setattr("jaxserve.engine.grammar.COMPILE_LIMIT_S", 0.01)
-    monkeypatch.setattr(compiler, "_compile", lambda source: time.sleep(0.5))
+    monkeypatch.setattr(compiler, "_compile", lambda *_: time.sleep(0.5))
     with pytest.raises(RequestError, match="not compiled within 0.01 s"):
         compiler.matcher_for(Grammar(source="start: /slow/"))
 
