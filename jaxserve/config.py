@@ -59,7 +59,7 @@ class EngineConfig:
     attention_backend: Literal["auto", "reference", "tpu", "gpu", "triton"] = option(
         "auto",
         "attention kernel; `auto` is the one made for the device, else the reference; `reference` "
-        "keeps experts off kernels, too",
+        "keeps experts and quantised products off kernels, too",
     )
     max_model_len: int | Auto = option("auto", "context length in tokens", low=1)
     max_num_seqs: int | Auto = option(

@@ -76,6 +76,8 @@ def _device_facts(devices: list[jax.Device]) -> Iterator[tuple[str, str]]:
         memory = f"{_gib(limit)}, {_gib(used)} in use" if limit else "memory shared with the host"
         yield f"device {device.id}", f"{device.platform} {device.device_kind}: {memory}"
         yield "  attention", _attention_of(device)
+        yield "  experts", _experts_of(device)
+        yield "  int4 products", _products_of(device)
     yield "compile cache", f"{compile_cache_path(EngineConfig())} (--compile-cache-dir)"
 
 
@@ -90,6 +92,33 @@ def _attention_of(device: jax.Device) -> str:
             return backend + refused
         refused += f"; {backend} kernel: {reason}"
     return "reference" + refused
+
+
+def _experts_of(device: jax.Device) -> str:
+    """Returns what multiplies by the matrices of 16-bit experts, and why not a kernel."""
+    from jaxserve.ops.moe import choose_experts_backend
+
+    choice = choose_experts_backend("auto", device, ())
+    return choice.backend if choice.warning is None else f"reference; {choice.warning}"
+
+
+def _products_of(device: jax.Device) -> str:
+    """Returns what multiplies by matrices quantised by groups, and why not a kernel."""
+    import jax.numpy as jnp
+
+    from jaxserve.ops.quantization import kernel_refusal
+
+    if device.platform == "cpu":
+        return "reference"
+    reason = kernel_refusal(
+        device,
+        jnp.dtype(jnp.int4),
+        dense_dtype=jnp.dtype(jnp.bfloat16),
+        out_size=4096,
+        in_size=4096,
+        num_groups=128,
+    )
+    return "kernel" if reason is None else f"reference; kernel: {reason}"
 
 
 def _gib(count: int) -> str:

@@ -35,7 +35,7 @@ from jaxserve.ops.quantization import (  # noqa: E402
     Fused,
     QuantizedWeight,
     form_for,
-    has_kernel,
+    kernel_refusal,
     multiplies_natively,
 )
 from pallas_kernels.grouped_matmul import grouped_matmul  # noqa: E402
@@ -182,7 +182,15 @@ def weights_of(name: str, size: int) -> Iterator[tuple[str, list[jax.Array | Qua
     form = form_for(
         device.platform,
         is_native=multiplies_natively(device, jnp.dtype(dtype)),
-        has_kernel=has_kernel(device, jnp.dtype(dtype)),
+        has_kernel=kernel_refusal(
+            device,
+            jnp.dtype(dtype),
+            dense_dtype=jnp.dtype(jnp.bfloat16),
+            out_size=size,
+            in_size=size,
+            num_groups=groups,
+        )
+        is None,
         activations="float",
         num_groups=groups,
         has_zero=has_zero,

@@ -108,6 +108,7 @@ def abstract_engine(
         activation_dtype=dtypes.activations,
         quantization=config.quantization,
         formats=formats,
+        uses_kernels=config.attention_backend != "reference",
     )
     settings = settings_for(config, model, dtypes, mesh)
     spec = StepSpec(

@@ -35,6 +35,7 @@ class EngineInfo:
     kv_cache_dtype: str
     attention: str  # what it runs on
     experts: str = "none"  # what their products run on; "none" for a model without
+    products: str = "none"  # what those with weights quantised by groups run on
     num_programs: int  # compiled step programs
     ready_s: float  # from the start of loading until ready
     scheduling_policy: str = "fcfs"

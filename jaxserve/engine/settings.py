@@ -16,6 +16,7 @@ from jaxserve.engine.request import MAX_EOS_TOKENS
 from jaxserve.errors import ConfigError, WeightError
 from jaxserve.mesh import num_parts
 from jaxserve.models.loading import AbstractModel
+from jaxserve.models.quantizing import ProductsChoice, products_choice
 from jaxserve.ops.attention import Choice, LayerShape, choose_backend
 from jaxserve.ops.moe import ExpertsChoice, choose_experts_backend
 from pallas_kernels.ragged_paged_attention import KVLayout
@@ -62,6 +63,7 @@ class Settings:
     limits: Limits
     attention: Choice
     experts: ExpertsChoice | None  # None: the model has none
+    products: ProductsChoice | None  # None: no weights are quantised by groups
     num_layers: int
     vocab_part: int  # tokens whose logits each device computes
     min_rows: int
@@ -75,7 +77,7 @@ class Settings:
     @property
     def warnings(self) -> list[str]:
         """Why what is slower than it might be is so."""
-        chosen = (self.attention, self.experts)
+        chosen = (self.attention, self.experts, self.products)
         return [choice.warning for choice in chosen if choice is not None and choice.warning]
 
     @property
@@ -150,7 +152,8 @@ def settings_for(
     return Settings(
         limits=limits,
         attention=choose_backend(config.attention_backend, device, shape),
-        experts=_experts(config.attention_backend, model, device.platform),
+        experts=_experts(config.attention_backend, model, device),
+        products=products_choice((each.value for each in model.parameters), device),
         num_layers=model.config.num_layers,
         vocab_part=model.vocab_size // num_parts(mesh, "vocab"),
         min_rows=defaults.min_rows,
@@ -158,9 +161,9 @@ def settings_for(
     )
 
 
-def _experts(requested: str, model: AbstractModel, platform: str) -> ExpertsChoice | None:
+def _experts(requested: str, model: AbstractModel, device: jax.Device) -> ExpertsChoice | None:
     weights = [parameter.value for parameter in model.parameters if len(parameter.dense.shape) == 3]
-    return choose_experts_backend(requested, platform, weights) if weights else None
+    return choose_experts_backend(requested, device, weights) if weights else None
 
 
 def temporary_bytes_of(program: jax.stages.Compiled) -> int:

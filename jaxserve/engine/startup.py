@@ -33,6 +33,8 @@ from jaxserve.errors import ConfigError
 from jaxserve.mesh import local_device, num_processes
 from jaxserve.models.checkpoint import open_checkpoint, resolve
 from jaxserve.models.loading import dummy_params, load_params, stored_formats
+from jaxserve.models.quantizing import ProductsChoice
+from jaxserve.ops.moe import ExpertsChoice
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +84,8 @@ def start(
         device=device_line(engine.device),
         dtype=engine.dtypes.weights.name,
         attention=engine.settings.attention.backend,
-        experts="none" if engine.settings.experts is None else engine.settings.experts.backend,
+        experts=_backend_of(engine.settings.experts),
+        products=_backend_of(engine.settings.products),
         num_programs=runner.num_programs,
         ready_s=time.monotonic() - started_s,
     )
@@ -96,13 +99,18 @@ def start(
     )
 
 
+def _backend_of(choice: ExpertsChoice | ProductsChoice | None) -> str:
+    return "none" if choice is None else choice.backend
+
+
 def _ready_line(info: EngineInfo) -> str:
     experts = "" if info.experts == "none" else f"experts {info.experts}, "
+    products = "" if info.products == "none" else f"quantised products {info.products}, "
     where = f", {info.num_processes} processes" if info.num_processes > 1 else ""
     return (
         f"ready in {info.ready_s:.1f} s: {info.device}, {info.dtype} weights "
         f"(quantised: {info.quantization}), {info.kv_cache_dtype} KV, "
-        f"attention {info.attention}, {experts}mesh {info.mesh}{where}, "
+        f"attention {info.attention}, {experts}{products}mesh {info.mesh}{where}, "
         f"{info.num_pages} pages of {info.page_size} tokens, {info.num_slots} slots, "
         f"{info.num_programs} programs"
     )
@@ -168,6 +176,7 @@ def _agree(peers: Peers, engine: AbstractEngine) -> None:
         "limits": repr(engine.settings.limits),
         "attention": repr(engine.settings.attention.layout),
         "experts": repr(engine.settings.experts),
+        "products": repr(engine.settings.products),
         "quantization": engine.model.quantization,
         "device": local_device(engine.mesh).device_kind,
     }

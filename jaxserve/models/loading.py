@@ -93,6 +93,7 @@ def abstract_model(
     activation_dtype: jnp.dtype,
     quantization: str = "auto",  # of matrices at load, as `EngineConfig` has it
     formats: Formats | None = None,  # of what the checkpoint holds quantised
+    uses_kernels: bool = True,  # for products with quantised matrices, where they can
 ) -> AbstractModel:
     """Returns the model that a Hugging Face config describes; WeightError if it is unknown."""
     family, config = family_for(hf_config), config_of(hf_config)
@@ -116,7 +117,9 @@ def abstract_model(
             format = formats if is_layer_matrix(axes) else None
         else:
             format = formats.get(name)
-        value = dense if format is None else abstract_weight(format, dense, axes, mesh)
+        value: Any = dense
+        if format is not None:
+            value = abstract_weight(format, dense, axes, mesh, uses_kernels=uses_kernels)
         flat.append((path, variable.replace(value)))
         parameters.append(
             Parameter(

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import jax
@@ -17,9 +19,10 @@ from jaxserve.mesh import num_parts, put, sharding_for
 from jaxserve.models.checkpoint import WeightFormat
 from jaxserve.models.checkpoint.contract import StoredWeight
 from jaxserve.ops.quantization import (
+    Kernel,
     QuantizedWeight,
     form_for,
-    has_kernel,
+    kernel_refusal,
     largest,
     multiplies_natively,
     quantize,
@@ -70,6 +73,8 @@ def abstract_weight(
     dense: jax.ShapeDtypeStruct,  # [out, in], or [experts, out, in]
     axes: Axes,
     mesh: Mesh,
+    *,
+    uses_kernels: bool = True,
 ) -> QuantizedWeight:
     """Returns the arrays of a quantised matrix, as ShapeDtypeStructs with shardings.
 
@@ -104,20 +109,71 @@ def abstract_weight(
         "order": array((in_size,), jnp.int32, None) if format.has_order else None,
         "input_scale": array((), jnp.float32) if format.activations == "static" else None,
     }
-    return QuantizedWeight(
-        **leaves,
-        rows=format.rows,
-        dtype=dense.dtype.name,
-        form=form_for(
-            device.platform,
-            is_native=multiplies_natively(device, dtype),
-            has_kernel=groups > 1 and has_kernel(device, dtype),
-            activations=format.activations,
-            num_groups=groups,
-            has_zero=format.has_zero,
-            in_size=in_size // num_parts(mesh, in_axis),
-        ),
+    weight = QuantizedWeight(**leaves, rows=format.rows, dtype=dense.dtype.name)
+    form = form_for(
+        device.platform,
+        is_native=multiplies_natively(device, dtype),
+        has_kernel=uses_kernels and _refusal(weight, device) is None,
+        activations=format.activations,
+        num_groups=groups,
+        has_zero=format.has_zero,
+        in_size=in_size // num_parts(mesh, in_axis),
     )
+    return dataclasses.replace(weight, form=form)
+
+
+def _refusal(
+    weight: QuantizedWeight,  # of ShapeDtypeStructs
+    device: jax.Device,
+) -> str | None:
+    """Returns why no kernel multiplies by each device's part of a matrix."""
+    (out_size, in_size), (num_groups, _) = (
+        leaf.sharding.shard_shape(leaf.shape) for leaf in (weight.data, weight.scale)
+    )
+    return kernel_refusal(
+        device,
+        weight.data.dtype,
+        dense_dtype=jnp.dtype(weight.dtype),
+        out_size=out_size,
+        in_size=in_size,
+        num_groups=num_groups,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProductsChoice:
+    """What multiplies by the matrices whose scales belong to groups of columns."""
+
+    backend: str
+    warning: str | None  # why it is not a kernel
+
+
+def products_choice(
+    weights: Iterable[Any],  # a model's parameters, of ShapeDtypeStructs
+    device: jax.Device,
+) -> ProductsChoice | None:
+    """Returns what was chosen for a model's matrices; None if no scale belongs to a group.
+
+    Experts are left out: they are chosen for by `ops.moe`.
+    """
+    grouped = [
+        weight
+        for weight in weights
+        if isinstance(weight, QuantizedWeight) and weight.data.ndim == 2 and weight.num_groups > 1
+    ]
+    if not grouped:
+        return None
+    kernels = {weight.form.backend for weight in grouped if isinstance(weight.form, Kernel)}
+    others = [weight for weight in grouped if not isinstance(weight.form, Kernel)]
+    backend = " and ".join([*sorted(kernels), *(["reference"] if others else [])])
+    reason = _refusal(others[0], device) if others else None
+    if reason is None or device.platform == "cpu":  # nobody misses a kernel
+        return ProductsChoice(backend=backend, warning=None)
+    warning = (
+        f"{len(others)} of {len(grouped)} matrices quantised by groups are multiplied by the "
+        f"slower reference, not by a kernel: {reason}"
+    )
+    return ProductsChoice(backend=backend, warning=warning)
 
 
 def _abstract_stack(
@@ -138,7 +194,10 @@ def _abstract_stack(
             (dense.shape[0], *leaf.shape), leaf.dtype, sharding=NamedSharding(mesh, parts)
         )
 
-    return jax.tree.map(stacked, abstract_weight(format, of_one, axes[1:], mesh))
+    # One expert's matrix at a time is taken out of its stack: by XLA, which no kernel reads.
+    return jax.tree.map(
+        stacked, abstract_weight(format, of_one, axes[1:], mesh, uses_kernels=False)
+    )
 
 
 def _fitting(

@@ -16,7 +16,13 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxserve.ops.quantization import QuantizedWeight, multiply_quantized
-from pallas_kernels.grouped_matmul import Backend, entry_of, grouped_matmul, multiply_by_tiles
+from pallas_kernels.grouped_matmul import (
+    Backend,
+    device_refusal,
+    entry_of,
+    grouped_matmul,
+    multiply_by_tiles,
+)
 
 ExpertWeight: TypeAlias = jax.Array | QuantizedWeight  # [experts, out, in]
 
@@ -33,15 +39,17 @@ class ExpertsChoice:
 
 def choose_experts_backend(
     requested: str,  # as `attention_backend` has it: "reference" keeps experts off kernels, too
-    platform: str,  # "cpu", "gpu" or "tpu"
+    device: jax.Device,
     weights: Iterable[Any],  # experts' matrices, of ShapeDtypeStructs
 ) -> ExpertsChoice:
     """Returns the platform's kernel where it takes every matrix, else the reference and why."""
-    if requested == "reference" or platform == "cpu":  # nobody misses a kernel
+    if requested == "reference" or device.platform == "cpu":  # nobody misses a kernel
         return ExpertsChoice(backend="reference", warning=None)
-    own = _KERNELS.get(platform)
+    own = _KERNELS.get(device.platform)
     if own is None:
-        reason = f"there is none for a {platform}"
+        reason = f"there is none for a {device.platform}"
+    elif (refused := device_refusal(own, device)) is not None:
+        reason = refused
     elif refusals := [refusal for weight in weights if (refusal := _refusal(weight)) is not None]:
         reason = refusals[0]
     else:

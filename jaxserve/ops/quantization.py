@@ -45,7 +45,7 @@ class Kernel:
 
     backend: Backend
     max_rows: int | None  # of x; None: any number
-    otherwise: Fused | Blocks  # more rows, and what the kernel refuses (sizes depend on the mesh)
+    otherwise: Fused | Blocks  # for more rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -212,7 +212,7 @@ def form_for(
     platform: str,  # "cpu", "gpu" or "tpu"
     *,
     is_native: bool,  # the device multiplies the weight's type (`multiplies_natively`)
-    has_kernel: bool,  # (`has_kernel`)
+    has_kernel: bool,  # (`kernel_refusal`)
     activations: Activations,
     num_groups: int,
     has_zero: bool,
@@ -238,10 +238,26 @@ def form_for(
     return Kernel(backend="triton", max_rows=_GPU_KERNEL_ROWS, otherwise=blocks)
 
 
-def has_kernel(device: jax.Device, dtype: jnp.dtype) -> bool:
-    """Returns whether a Pallas kernel multiplies weights of a type by groups on a device."""
+def kernel_refusal(
+    device: jax.Device,
+    dtype: jnp.dtype,  # of the stored numbers
+    *,
+    dense_dtype: jnp.dtype,  # that the weight stands for
+    out_size: int,  # of the device's part, as the others
+    in_size: int,
+    num_groups: int,
+) -> str | None:
+    """Returns why no Pallas kernel multiplies by such a weight on a device; None if one does."""
     backend = _KERNELS.get(device.platform)
-    return backend is not None and device_refusal(backend, device, dtype) is None
+    if backend is None:
+        return f"there is none for a {device.platform}"
+    if num_groups == 1:
+        return "a product with one scale a row needs none"
+    if dense_dtype == jnp.float32:
+        return "the kernels multiply bfloat16, not float32"
+    if (reason := device_refusal(backend, device, dtype)) is not None:
+        return reason
+    return refusal(backend, dtype, out_size=out_size, in_size=in_size, groups=num_groups)
 
 
 def multiplies_natively(device: jax.Device, dtype: jnp.dtype) -> bool:
@@ -272,7 +288,7 @@ def multiply_quantized(
         x = x[:, weight.order]
     form = weight.form
     if isinstance(form, Kernel):
-        if _is_for_kernel(x, weight, form):
+        if form.max_rows is None or x.shape[0] <= form.max_rows:
             return _multiply_by_groups(x, weight, form.backend, out_dtype)
         form = form.otherwise
     match form:
@@ -287,15 +303,6 @@ def multiply_quantized(
         case _:
             return _multiply_by_groups(x, weight, "reference", out_dtype)
     return out.astype(out_dtype)
-
-
-def _is_for_kernel(x: jax.Array, weight: QuantizedWeight, form: Kernel) -> bool:
-    if form.max_rows is not None and x.shape[0] > form.max_rows:
-        return False
-    if jnp.dtype(weight.dtype) == jnp.float32:
-        return False  # the kernels multiply bfloat16
-    out_size, in_size = weight.data.shape
-    return refusal(form.backend, out_size, in_size, weight.num_groups) is None
 
 
 def _dot(x: jax.Array, weight: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:

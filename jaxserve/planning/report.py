@@ -63,11 +63,12 @@ def plan_lines(plan: Plan) -> Iterator[str]:
         f"{engine.model.num_params / 1e9:.2f}B parameters on {engine.mesh.size} {plan.device}, "
         f"mesh {engine.shape} ({engine.shape.axes}): {verdict}"
     )
-    experts = engine.settings.experts
+    experts, products = engine.settings.experts, engine.settings.products
     yield (
         f"{engine.dtypes.weights.name} weights (quantised: {engine.model.quantization}), "
         f"{engine.dtypes.kv_cache.name} KV, attention {engine.settings.attention.backend}"
         f"{'' if experts is None else f', experts {experts.backend}'}"
+        f"{'' if products is None else f', quantised products {products.backend}'}"
     )
     for warning in engine.settings.warnings:
         yield f"warning: {warning}"

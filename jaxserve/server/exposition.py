@@ -169,6 +169,7 @@ class Snapshot(Collector):
             kv_cache_dtype=info.kv_cache_dtype,
             attention=info.attention,
             experts=info.experts,
+            products=info.products,
             mesh=info.mesh,
             num_processes=str(info.num_processes),
             max_model_len=str(info.max_model_len),

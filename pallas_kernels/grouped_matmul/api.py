@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.grouped_matmul import reference
+from pallas_kernels.targets import TPU
 
 Backend: TypeAlias = Literal["reference", "tpu"]
 
@@ -35,6 +36,13 @@ def grouped_matmul(
     from pallas_kernels.grouped_matmul import tpu
 
     return tpu.grouped_matmul(lhs, rhs, group_sizes, scale, out_dtype=out_dtype)
+
+
+def device_refusal(backend: Backend, device: jax.Device) -> str | None:
+    """Returns why a backend cannot run on its platform's device; None if it can."""
+    if backend == "reference" or device.device_kind in TPU.device_kinds:
+        return None
+    return f"the TPU kernel is made for {', '.join(TPU.device_kinds)}, not {device.device_kind}"
 
 
 def _check(

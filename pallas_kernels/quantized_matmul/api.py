@@ -36,15 +36,17 @@ def quantized_matmul(
         raise ValueError(f"{scale.shape=} does not go with {data.shape=}")
     if zero is not None and zero.shape != scale.shape:
         raise ValueError(f"{zero.shape=} must be {scale.shape}")
-    if reason := refusal(backend, out_size, in_size, groups):
+    if reason := refusal(backend, data.dtype, out_size=out_size, in_size=in_size, groups=groups):
         raise ValueError(reason)
     multiply = _module(backend).quantized_matmul
     return multiply(x, data, scale, zero, zero_steps=zero_steps, out_dtype=out_dtype)
 
 
-def refusal(backend: Backend, out_size: int, in_size: int, groups: int) -> str | None:
+def refusal(
+    backend: Backend, dtype: jnp.dtype, *, out_size: int, in_size: int, groups: int
+) -> str | None:
     """Returns why a backend cannot multiply by a matrix `[out, in]`; None if it can."""
-    return _module(backend).refusal(out_size, in_size, groups)
+    return _module(backend).refusal(dtype, out_size=out_size, in_size=in_size, groups=groups)
 
 
 def device_refusal(backend: Backend, device: jax.Device, dtype: jnp.dtype) -> str | None:

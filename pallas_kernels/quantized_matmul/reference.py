@@ -12,9 +12,9 @@ def device_refusal(device: jax.Device, dtype: jnp.dtype) -> str | None:
     return None
 
 
-def refusal(out_size: int, in_size: int, groups: int) -> str | None:
+def refusal(dtype: jnp.dtype, *, out_size: int, in_size: int, groups: int) -> str | None:
     """Returns None: any matrix will do."""
-    del out_size, in_size, groups
+    del dtype, out_size, in_size, groups
     return None
 
 

@@ -65,7 +65,9 @@ def device_refusal(device: jax.Device, dtype: jnp.dtype) -> str | None:
     return f"the TPU kernels are made for {', '.join(TPU.device_kinds)}, not {device.device_kind}"
 
 
-def refusal(out_size: int, in_size: int, groups: int) -> str | None:
+def refusal(
+    dtype: jnp.dtype, *, out_size: int, in_size: int, groups: int, target: TpuTarget = TPU
+) -> str | None:
     """Returns why the kernels cannot multiply by such a matrix; None if they can."""
     size = in_size // groups
     if size not in (32, 64, 128) or groups % SUBLANES or out_size % LANES:
@@ -73,7 +75,22 @@ def refusal(out_size: int, in_size: int, groups: int) -> str | None:
             f"{groups} groups of {size} columns and {out_size} rows: groups must be of 32, 64 or "
             f"128 columns and a multiple of {SUBLANES}, rows a multiple of {LANES}"
         )
+    taken = _vmem_bytes(dtype, out_size=out_size, in_size=in_size, groups=groups)
+    if taken > target.vmem_bytes:
+        return f"rows of {in_size} take {taken} bytes of VMEM; there are {target.vmem_bytes}"
     return None
+
+
+def _vmem_bytes(dtype: jnp.dtype, *, out_size: int, in_size: int, groups: int) -> int:
+    """Returns what the greedier of the kernels holds, with zeros, and two of what moves."""
+    bits = 4 if dtype == jnp.int4 else 8
+    few_out, many_out = _block_out(out_size, _FEW_BLOCK_OUT), _block_out(out_size, _MANY_BLOCK_OUT)
+    parts = LANES * groups // in_size
+    few = 2 * _FEW_ROWS * parts * in_size + few_out * in_size * bits // 8 + 5 * groups * few_out
+    many = 2 * _MANY_BLOCK_ROWS * in_size + many_out * in_size * bits // 8 + 5 * groups * many_out
+    dense = 2 * many_out * in_size + 4 * groups * many_out
+    results = 4 * max(_FEW_ROWS * few_out, _MANY_BLOCK_ROWS * many_out)
+    return 2 * results + max(2 * few, 2 * many + dense)
 
 
 def _multiply_few(

@@ -37,8 +37,9 @@ def device_refusal(device: jax.Device, dtype: jnp.dtype) -> str | None:
     return None
 
 
-def refusal(out_size: int, in_size: int, groups: int) -> str | None:
+def refusal(dtype: jnp.dtype, *, out_size: int, in_size: int, groups: int) -> str | None:
     """Returns why the kernel cannot multiply by such a matrix; None if it can."""
+    del dtype
     size = in_size // groups
     if size not in (32, 64, 128) or out_size % _BLOCK_OUT:
         return (

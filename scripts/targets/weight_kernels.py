@@ -134,7 +134,7 @@ def _weight_of(product: Product, device: Any, array: Any) -> Any:
         Kernel,
         QuantizedWeight,
         form_for,
-        has_kernel as has_kernel_for,
+        kernel_refusal,
     )
 
     out_size, in_size = SHAPES[product.shape]
@@ -142,10 +142,18 @@ def _weight_of(product: Product, device: Any, array: Any) -> Any:
     data = array((out_size, in_size), jnp.dtype(name))
     if product.weight == "bf16":
         return data
+    refusal = kernel_refusal(
+        device,
+        jnp.dtype(name),
+        dense_dtype=jnp.dtype(jnp.bfloat16),
+        out_size=out_size,
+        in_size=in_size,
+        num_groups=product.groups,
+    )
     form = form_for(
         "gpu" if device.platform == "cuda" else device.platform,
         is_native=False,
-        has_kernel=product.groups > 1 and has_kernel_for(device, jnp.dtype(name)),
+        has_kernel=refusal is None,
         activations="float",
         num_groups=product.groups,
         has_zero=has_zero,

@@ -87,13 +87,15 @@ def test_the_triton_kernel_is_what_the_numbers_stand_for(name, rows):
         (4096, 1792, 14, "14 groups of 128 columns"),
         (4096, 4096, 16, "groups of 256 columns"),
         (96, 4096, 128, "96 rows"),
+        (8192, 28672, 896, "bytes of VMEM"),
     ],
 )
 def test_what_the_kernel_cannot_multiply_is_refused(out, in_, groups, reason):
-    actual = refusal("tpu", out, in_, groups)
+    sizes = {"out_size": out, "in_size": in_, "groups": groups}
+    actual = refusal("tpu", jnp.dtype(jnp.int8), **sizes)
     assert actual is None if reason is None else reason in actual
     if reason is None:
-        assert refusal("triton", out, in_, groups) is None
+        assert refusal("triton", jnp.dtype(jnp.int8), **sizes) is None
     else:
         arrays = (jnp.zeros((2, in_)), jnp.zeros((out, in_), jnp.int8), jnp.zeros((groups, out)))
         with pytest.raises(ValueError, match=reason):

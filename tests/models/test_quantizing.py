@@ -1,5 +1,7 @@
 """Weights quantised at load: which, to what, how large, and how good the model is after it."""
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +13,8 @@ from jaxserve.mesh import AXES, mesh_of_one
 from jaxserve.models.checkpoint import open_checkpoint
 from jaxserve.models.checkpoint.contract import ZERO_STEPS
 from jaxserve.models.loading import abstract_model, dummy_params, load_params
-from jaxserve.ops.quantization import QuantizedWeight, dequantize, zero_steps
+from jaxserve.models.quantizing import ProductsChoice, products_choice
+from jaxserve.ops.quantization import Fused, Kernel, QuantizedWeight, dequantize, zero_steps
 from tests.checkpoints import folder_tensors, write_llama_folder
 from tests.dense_llama import DenseLlama
 from tests.models.forward import FLOAT32, logits_of
@@ -69,6 +72,31 @@ def test_layers_matrices_are_quantised_and_nothing_else(folder, quantization):
             rows = len(original[name])  # what follows them pads the vocabulary
             np.testing.assert_array_equal(value[:rows], original[name])
             assert not np.asarray(value[rows:]).any()
+
+
+def grouped(groups, form):
+    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return QuantizedWeight(
+        data=jax.ShapeDtypeStruct((4096, 4096), jnp.int4, sharding=sharding),
+        scale=jax.ShapeDtypeStruct((groups, 4096), jnp.float32, sharding=sharding),
+        dtype="bfloat16",
+        form=form,
+    )
+
+
+def test_products_that_have_no_kernel_are_counted_and_say_why():
+    tpu = SimpleNamespace(platform="tpu", device_kind="TPU v5 lite")
+    by_kernel = grouped(128, Kernel(backend="tpu", max_rows=None, otherwise=Fused()))
+    whole, wide = grouped(1, Fused()), grouped(16, Fused())
+    assert products_choice([whole], tpu) is None
+    chosen = ProductsChoice(backend="tpu", warning=None)
+    assert products_choice([whole, by_kernel], tpu) == chosen
+    mixed = products_choice([whole, by_kernel, wide], tpu)
+    assert mixed.backend == "tpu and reference"
+    assert mixed.warning.startswith("1 of 2 matrices")
+    assert "groups of 256 columns" in mixed.warning
+    cpu = SimpleNamespace(platform="cpu", device_kind="cpu")
+    assert products_choice([wide], cpu) == ProductsChoice(backend="reference", warning=None)
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])

@@ -1,5 +1,7 @@
 """Routing and mixing against numpy, token by token and expert by expert."""
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -141,6 +143,13 @@ def test_the_routers_logits_are_float32_whatever_flows(x):
 DENSE = jax.ShapeDtypeStruct((EXPERTS, FFW, HIDDEN), jnp.bfloat16)
 
 
+def device_of(platform, kind):
+    return SimpleNamespace(platform=platform, device_kind=kind)
+
+
+TPU = device_of("tpu", "TPU v5 lite")
+
+
 def quantized(dtype, *, groups=1, scales=FFW, **leaves):
     scale = jax.ShapeDtypeStruct((EXPERTS, groups, scales), jnp.float32)
     data = jax.ShapeDtypeStruct((EXPERTS, FFW, HIDDEN), jnp.dtype(dtype))
@@ -150,25 +159,26 @@ def quantized(dtype, *, groups=1, scales=FFW, **leaves):
 @pytest.mark.parametrize("weight", [DENSE, quantized("int8"), quantized("float8_e4m3fn")])
 def test_a_tpu_has_a_kernel_for_experts_unless_the_reference_is_asked_for(weight):
     chosen = ExpertsChoice(backend="tpu", warning=None)
-    assert choose_experts_backend("auto", "tpu", [weight]) == chosen
-    for requested, platform in (("reference", "tpu"), ("auto", "cpu")):
+    assert choose_experts_backend("auto", TPU, [weight]) == chosen
+    for requested, device in (("reference", TPU), ("auto", device_of("cpu", "cpu"))):
         asked = ExpertsChoice(backend="reference", warning=None)
-        assert choose_experts_backend(requested, platform, [weight]) == asked
+        assert choose_experts_backend(requested, device, [weight]) == asked
 
 
 @pytest.mark.parametrize(
-    ("platform", "weight", "reason"),
+    ("device", "weight", "reason"),
     [
-        ("gpu", DENSE, "there is none for a gpu"),
-        ("tpu", quantized("int4"), "it takes no int4"),
-        ("tpu", quantized("int8", groups=2), "one scale a row, not 2 x 96 scales a matrix"),
-        ("tpu", quantized("float8_e4m3fn", scales=1), "one scale a row, not 1 x 1 scales a matrix"),
-        ("tpu", quantized("int8", zero=DENSE), "it takes no int8 with zeros or with columns in"),
-        ("tpu", quantized("int8", order=DENSE), "it takes no int8 with zeros or with columns in"),
+        (device_of("gpu", "NVIDIA H100"), DENSE, "there is none for a gpu"),
+        (device_of("tpu", "TPU v99"), DENSE, "not TPU v99"),
+        (TPU, quantized("int4"), "it takes no int4"),
+        (TPU, quantized("int8", groups=2), "one scale a row, not 2 x 96 scales a matrix"),
+        (TPU, quantized("float8_e4m3fn", scales=1), "one scale a row, not 1 x 1 scales a matrix"),
+        (TPU, quantized("int8", zero=DENSE), "it takes no int8 with zeros or with columns in"),
+        (TPU, quantized("int8", order=DENSE), "it takes no int8 with zeros or with columns in"),
     ],
 )
-def test_experts_without_a_kernel_say_why(platform, weight, reason):
-    choice = choose_experts_backend("auto", platform, [DENSE, weight])
+def test_experts_without_a_kernel_say_why(device, weight, reason):
+    choice = choose_experts_backend("auto", device, [DENSE, weight])
     assert choice.backend == "reference"
     assert choice.warning.startswith("experts run on the slower reference, not on a kernel: ")
     assert reason in choice.warning

@@ -16,7 +16,7 @@ from jaxserve.ops.quantization import (
     QuantizedWeight,
     dequantize,
     form_for,
-    has_kernel,
+    kernel_refusal,
     multiplies_natively,
     quantize,
     round_to,
@@ -54,9 +54,16 @@ TPU_KERNEL = Kernel(backend="tpu", max_rows=None, otherwise=Fused())
 GPU_KERNEL = Kernel(backend="triton", max_rows=256, otherwise=Blocks(num_rows=2048))
 
 
-# These are of float32: no kernel multiplies them.
+# The last stands for a kernel that has more rows than it takes.
 @pytest.mark.parametrize(
-    "form", [Fused(), Blocks(num_rows=32), Blocks(num_rows=256), GPU_KERNEL], ids=str
+    "form",
+    [
+        Fused(),
+        Blocks(num_rows=32),
+        Blocks(num_rows=256),
+        Kernel(backend="triton", max_rows=0, otherwise=Blocks(num_rows=32)),
+    ],
+    ids=str,
 )
 @pytest.mark.parametrize("kind", KINDS)
 def test_products_are_those_of_the_floats(kind, form):
@@ -216,7 +223,12 @@ def test_groups_without_a_kernel_go_xlas_way():
 )
 def test_the_kernel_for_groups_is_where_the_device_can(platform, kind, capability, dtype, expected):
     device = SimpleNamespace(platform=platform, device_kind=kind, compute_capability=capability)
-    assert has_kernel(device, dtype) == expected
+    part = {"out_size": 4096, "in_size": 4096, "num_groups": 128}
+    refusal = kernel_refusal(device, dtype, dense_dtype=jnp.dtype(jnp.bfloat16), **part)
+    assert (refusal is None) == expected
+    assert kernel_refusal(device, dtype, dense_dtype=jnp.dtype(jnp.float32), **part)
+    part["num_groups"] = 16
+    assert kernel_refusal(device, dtype, dense_dtype=jnp.dtype(jnp.bfloat16), **part)
 
 
 def test_activations_stay_float_beside_zeros_and_int4():
