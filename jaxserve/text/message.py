@@ -7,10 +7,19 @@ Host only: imports no jax.
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
-from jaxserve.text.source import Arguments, CallStart, Content, Parse, Reasoning, Source
+from jaxserve.text.source import (
+    Arguments,
+    CallStart,
+    Content,
+    Parse,
+    Piece,
+    Reasoning,
+    Source,
+    parts_of,
+)
 
 
 class CallDelta(NamedTuple):
@@ -73,21 +82,17 @@ class MessageReader:
         `offsets` says where its tokens start, in characters of the whole text.
         """
         self._offsets.extend(offsets)
-        self._source.feed(text, final=final)
         content: list[str] = []
         reasoning: list[str] = []
         calls: dict[int, tuple[CallDelta, list[str]]] = {}  # with its arguments' pieces
-        for piece in self._pieces:
+        for piece in self._read(text, final):
             match piece:
-                case None:
-                    assert not final, "a parser waits for text that will not come"
-                    break
-                case Content(text):
-                    self._note(self._content_spans, len(text))
-                    content.append(self._content.push(text))
-                case Reasoning(text):
-                    self._note(self._spans, len(text))
-                    reasoning.append(self._reasoning.push(text))
+                case Content(said):
+                    self._note(self._content_spans, len(said))
+                    content.append(self._content.push(said))
+                case Reasoning(said):
+                    self._note(self._spans, len(said))
+                    reasoning.append(self._reasoning.push(said))
                     self._content.follow()
                 case _:
                     self._add_call(piece, calls)
@@ -101,6 +106,16 @@ class MessageReader:
                 delta._replace(arguments="".join(parts)) for delta, parts in calls.values()
             ),
         )
+
+    def _read(self, text: str, final: bool) -> Iterator[Piece]:
+        """Yields the pieces that `text` makes certain."""
+        for part, is_final in parts_of(text, final=final):
+            self._source.feed(part, final=is_final)
+            for piece in self._pieces:
+                if piece is None:
+                    assert not is_final, "a parser waits for text that will not come"
+                    break
+                yield piece
 
     @property
     def num_reasoning_tokens(self) -> int:

@@ -8,11 +8,13 @@ a bounded number of times. Host only: imports no jax.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple, TypeAlias, TypeVar
 
 T = TypeVar("T")
+
+_PART_CHARS = 1024
 
 
 class Content(NamedTuple):
@@ -199,13 +201,33 @@ class Source:
             yield make(self.take_now(len(text)))
 
 
-def run_to_end(parse: Parse[T]) -> T:
-    """Returns what a parser returns on a source that has all its text, dropping its pieces."""
+def parts_of(text: str, *, final: bool) -> Iterator[tuple[str, bool]]:
+    """Yields a text in parts to feed, each with whether it is final.
+
+    A source looks at all its unread text again and again, so it is to have little of it.
+    """
+    for start in range(0, max(len(text), 1), _PART_CHARS):
+        end = start + _PART_CHARS
+        yield text[start:end], final and end >= len(text)
+
+
+def read_whole(parser: Callable[[Source], Parse[T]], text: str) -> T:
+    """Returns what a parser returns on a whole text, dropping its pieces.
+
+    Raises `Malformed` where the parser does, or if it leaves text over.
+    """
+    source = Source()
+    parse = parser(source)
     try:
-        while True:
-            next(parse)
+        for part, is_final in parts_of(text, final=True):
+            source.feed(part, final=is_final)
+            while next(parse) is not None:
+                pass
     except StopIteration as end:
+        if source.num_read < len(text):
+            raise Malformed from None
         return end.value
+    raise AssertionError("a parser waits for text that will not come")
 
 
 def _first_of(markers: tuple[str, ...], text: str) -> tuple[int, str]:

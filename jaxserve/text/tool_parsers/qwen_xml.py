@@ -17,7 +17,7 @@ from jaxserve.text.source import (
     Malformed,
     Parse,
     Source,
-    run_to_end,
+    read_whole,
 )
 from jaxserve.text.tool_parsers.json_calls import MAX_NAME, parsed
 from jaxserve.text.tool_parsers.literals import literal, to_json
@@ -155,9 +155,4 @@ def _as_json(text: str) -> str:
 
 
 def _as_literal(text: str) -> str:
-    source = Source()
-    source.feed(text, final=True)
-    found = run_to_end(literal(source))
-    if source.num_read < len(text):
-        raise Malformed
-    return found
+    return read_whole(literal, text)
