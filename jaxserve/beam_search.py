@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from jaxserve.engine.request import SamplingParams, TokenLogprobs
 from jaxserve.errors import RequestError
@@ -78,6 +79,20 @@ class Beam:
         )
 
 
+class _Step(NamedTuple):
+    """A way to go on with a beam."""
+
+    score: float  # of the beam that it makes
+    beam: Beam
+    token: int
+    logprob: float
+    top: Candidates
+    ends: bool
+
+    def taken(self) -> Beam:
+        return self.beam.extended(self.token, self.logprob, self.top, ends=self.ends)
+
+
 class BeamSearch:
     """The beams of one prompt. Whoever drives it owns it."""
 
@@ -115,14 +130,21 @@ class BeamSearch:
         candidates: Sequence[Candidates],  # of each running beam
     ) -> None:
         """Extends every running beam by its candidates and keeps the best."""
-        extended: list[Beam] = []
+        steps: list[_Step] = []
         for beam, top in zip(self.running, candidates, strict=True):
             for token, logprob in top:
                 ends = token in self._eos_tokens
-                longer = beam.extended(token, logprob, top, ends=ends)
-                (self._ended if ends else extended).append(longer)
-        self.running = self._best_of(extended)
-        self._ended = self._best_of(self._ended)
+                total = beam.cumulative_logprob + logprob
+                score = self._scaled(total, len(beam.tokens) + (not ends))
+                steps.append(_Step(score, beam, token, logprob, top, ends))
+        # Beams are long: only those that stay are made.
+        steps.sort(key=lambda step: step.score, reverse=True)
+        width = self._params.beam_width
+        going, ending = (
+            [step.taken() for step in [one for one in steps if one.ends == ends][:width]]
+            for ends in (False, True)
+        )
+        self.running, self._ended = going, self._best_of([*self._ended, *ending])
         self._num_left -= 1
 
     def best(self) -> list[Beam]:

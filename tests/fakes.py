@@ -55,6 +55,7 @@ class EchoEngine:
             vocab_size=vocab_size,
             max_logprobs=max_logprobs,
             max_num_seqs=max_waiting,
+            max_waiting=64,  # more than it takes: it refuses by itself
             max_num_batched_tokens=1024,
             page_size=16,
             num_pages=100,

@@ -19,6 +19,7 @@ INFO = EngineInfo(
     vocab_size=260,
     max_logprobs=5,
     max_num_seqs=4,
+    max_waiting=64,
     max_num_batched_tokens=64,
     page_size=4,
     num_pages=8,

@@ -22,6 +22,7 @@ class EngineInfo:
     vocab_size: int
     max_logprobs: int
     max_num_seqs: int
+    max_waiting: int  # requests, beside those that have a slot
     max_num_batched_tokens: int
     page_size: int
     num_pages: int

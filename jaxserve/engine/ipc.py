@@ -203,6 +203,7 @@ class IpcClient:
         """Admits all of the requests or none: raises the engine's `RequestError` for the latter."""
         if self.error is not None:
             raise self._stopped_error()
+        self._check_count(len(requests))
         for grammar in dict.fromkeys(request.params.grammar for request in requests):
             if grammar is not None:
                 await self._prepare(grammar)
@@ -222,6 +223,16 @@ class IpcClient:
             self._forget(request_ids)
             raise _refusal(answer)
         return stream
+
+    def _check_count(self, count: int) -> None:
+        """Refuses for good what no waiting could make room for."""
+        info = self.info
+        if info is not None and count > (limit := info.max_num_seqs + info.max_waiting):
+            raise RequestError(
+                f"{count} sequences are asked for at once; the limit is {limit}: "
+                f"max_num_seqs {info.max_num_seqs} and max_num_queued_reqs {info.max_waiting}",
+                param="n",
+            )
 
     def abort(self, request_ids: Sequence[str]) -> None:
         """Ends requests whose client has left; unknown and finished ones are ignored."""

@@ -75,6 +75,7 @@ def start(
         num_pages=num_pages * limits.num_ranks,
         num_slots=limits.num_slots * limits.num_ranks,
         eos_tokens=loaded.eos_tokens,
+        max_waiting=engine.settings.max_waiting,
         scheduling_policy=config.scheduling_policy,
         enable_prefix_caching=config.enable_prefix_caching,
         quantization=engine.model.quantization,

@@ -233,6 +233,14 @@ def test_a_large_body_is_a_413_announced_or_not():
         refused(http.post("/v1/completions", content=chunks, headers=headers), 413)
 
 
+def test_more_samples_than_the_engine_ever_holds_are_refused_for_good():
+    with EchoServer(max_waiting=1) as server, httpx2.Client(base_url=server.url) as http:
+        body = {"prompt": "a", "n": 66, "max_tokens": 1}
+        error = refused(http.post("/v1/completions", json=body), 400)
+    assert error["param"] == "n"
+    assert "66 sequences are asked for at once; the limit is 65" in error["message"]
+
+
 def test_a_full_queue_is_a_429_with_retry_after():
     with EchoServer(max_waiting=1) as server, httpx2.Client(base_url=server.url) as http:
         body = {"prompt": ["a", "b"], "stream": True}
