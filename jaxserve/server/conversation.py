@@ -10,16 +10,19 @@ import contextlib
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 from starlette.requests import Request as HttpRequest
 
+from jaxserve.engine.info import EngineInfo
 from jaxserve.engine.request import Request, SamplingParams
-from jaxserve.errors import PromptTooLong
+from jaxserve.errors import EngineStopped, PromptTooLong
 from jaxserve.generation import Delta, build_requests
 from jaxserve.server.beams import admit
 from jaxserve.server.cutting import build_cut
+from jaxserve.server.events import Event, named_events
 from jaxserve.server.generate import (
+    MAX_INLINE_CHARS,
     Generation,
     check_length,
     engine_id,
@@ -39,8 +42,25 @@ from jaxserve.server.templates import template_for
 from jaxserve.server.truncation import truncation_for
 from jaxserve.text.chat_template import encode_chat
 from jaxserve.text.message import Said
+from jaxserve.text.tokenizer import Tokenizer
 
 ROOM_SHARE = 4  # one part in so many of the context is left for the answer to a cut conversation
+
+
+class EventWriter(Protocol):
+    """Writes the typed events of a protocol, and keeps what they add up to."""
+
+    def start(self) -> list[Event]:
+        """Returns the events before the first token."""
+
+    def add(self, said: Said, delta: Delta) -> list[Event]:
+        """Returns the events of what has been said."""
+
+    def finish(self, delta: Delta) -> list[Event]:
+        """Returns the last events; `delta` says why the answer ended."""
+
+    def fail(self, error: EngineStopped) -> list[Event]:
+        """Returns the events of an engine that has stopped."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +85,32 @@ class Conversation:
                     is_last = delta.finish_reason is not None
                     said = self.reading.read(sample.index, delta.text, delta.offsets, final=is_last)
                     yield said, delta
+
+    async def events(self, writer: EventWriter) -> AsyncGenerator[list[Event]]:
+        """Yields the events of the answer, some at a time. Raises as `answer` does."""
+        yield writer.start()
+        async with contextlib.aclosing(self.answer()) as answer:
+            async for said, delta in answer:
+                events = writer.add(said, delta)
+                if delta.finish_reason is not None:
+                    events += writer.finish(delta)
+                if events:
+                    yield events
+
+    async def frames(self, writer: EventWriter) -> AsyncGenerator[bytes]:
+        """Yields the events of a stream; an engine failure is the last of them."""
+        try:
+            async with contextlib.aclosing(self.events(writer)) as steps:
+                async for events in steps:
+                    yield named_events(events)
+        except EngineStopped as error:
+            yield named_events(writer.fail(error))
+
+    async def run(self, writer: EventWriter) -> None:
+        """Lets the writer see all of the answer; aborts it when it is cancelled."""
+        async with self.generation.updates, contextlib.aclosing(self.events(writer)) as steps:
+            async for _ in steps:
+                pass
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,9 +178,8 @@ async def _prepare(
     )
     if cuts:
         work = partial(build_cut, prompt_of, fits=partial(_leaves_room, params, state))
-    num_chars = sum(_num_chars(message) for message in messages)
-    if use is not None:
-        num_chars += use.num_bytes
+    tools = None if use is None else use.definitions
+    num_chars = _num_chars(messages, tools, body.documents, body.chat_template_kwargs)
     is_slow = body.chat_template is not None  # waits for a process
     return await off_loop(partial(work, messages), num_chars, is_slow=is_slow), params
 
@@ -181,9 +226,6 @@ def build(
     """Returns the prompt of `messages`, which may be some of the body's."""
     _, info, text = state.loaded()
     truncation = truncation_for(body, params.max_tokens, info.max_model_len)
-    for message in messages:
-        if isinstance(content := message.get("content"), str) and truncation is None:
-            check_length(content, text.tokenizer, info.max_model_len, "messages")
     template = template_for(body.chat_template, state)
     prompt = encode_chat(
         template,
@@ -197,6 +239,7 @@ def build(
             body.reasoning_effort, body.chat_template_kwargs, template.source
         ),
         add_special_tokens=bool(body.add_special_tokens),
+        check=None if truncation is not None else partial(_check_length, text.tokenizer, info),
     )
     tokens = prompt.tokens if truncation is None else truncation.cut(prompt.tokens)
     if len(tokens) >= info.max_model_len:
@@ -219,9 +262,21 @@ def build(
     return Prompt(text=prompt.text, requests=requests, reading=reading)
 
 
-def _num_chars(message: dict[str, Any]) -> int:
-    content = message.get("content")
-    if isinstance(content, str):
-        return len(content)
-    parts = content if isinstance(content, list) else ()
-    return sum(len(str(part.get("text"))) for part in parts if isinstance(part, dict))
+def _check_length(tokenizer: Tokenizer, info: EngineInfo, text: str) -> None:
+    check_length(text, tokenizer, info.max_model_len, "messages")
+
+
+def _num_chars(*values: Any) -> int:
+    """Returns the characters of all that a template may write, or enough of them to be many."""
+    count, waiting = 0, list(values)
+    while waiting and count <= MAX_INLINE_CHARS:
+        value = waiting.pop()
+        if isinstance(value, str):
+            count += len(value)
+        elif isinstance(value, dict):
+            waiting += [*value, *value.values()]
+        elif isinstance(value, list | tuple):
+            waiting += value
+        else:
+            count += 1
+    return count

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, Coroutine, Iterable, Mapping
-from typing import Any, TypeVar
+from collections.abc import AsyncGenerator, Coroutine, Iterable
+from typing import Any, TypeAlias, TypeVar
 
 import orjson
 from starlette.requests import ClientDisconnect
@@ -15,6 +15,7 @@ from starlette.types import Receive, Scope, Send
 from jaxserve.errors import JaxserveError
 
 T = TypeVar("T")
+Event: TypeAlias = dict[str, Any]  # of a protocol whose events have a `type`
 
 DONE = b"data: [DONE]\n\n"
 MAX_MESSAGE = 2000
@@ -35,7 +36,7 @@ def event(content: Any) -> bytes:
     return b"data: %b\n\n" % orjson.dumps(content)
 
 
-def named_events(contents: Iterable[Mapping[str, Any]]) -> bytes:
+def named_events(contents: Iterable[Event]) -> bytes:
     """Returns server-sent events whose names are the contents' types."""
     return b"".join(
         [

@@ -8,6 +8,7 @@ from typing import Any
 
 import orjson
 
+from jaxserve.server.events import Event
 from jaxserve.server.protocol.messages import (
     Message,
     MessageUsage,
@@ -17,8 +18,6 @@ from jaxserve.server.protocol.messages import (
     ToolUseBlock,
 )
 from jaxserve.text.message import CallDelta, Said
-
-Event = dict[str, Any]
 
 
 class MessageWriter:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 
 import msgspec
@@ -14,11 +12,11 @@ from jaxserve.errors import EngineStopped
 from jaxserve.generation import Delta
 from jaxserve.server.body import read_body
 from jaxserve.server.conversation import Conversation, converse, count_tokens
-from jaxserve.server.events import JSON, EventStream, named_events, while_connected
+from jaxserve.server.events import JSON, Event, EventStream, while_connected
 from jaxserve.server.generate import arrival, params_named
 from jaxserve.server.message_errors import message_error_body
 from jaxserve.server.message_input import PARAM_NAMES, chat_request
-from jaxserve.server.message_writer import Event, MessageWriter
+from jaxserve.server.message_writer import MessageWriter
 from jaxserve.server.pacing import kept_alive
 from jaxserve.server.protocol.messages import (
     CountRequest,
@@ -28,6 +26,7 @@ from jaxserve.server.protocol.messages import (
     OutputTokensDetails,
 )
 from jaxserve.server.state import ServerState
+from jaxserve.text.message import Said
 
 _decoder = msgspec.json.Decoder(MessageRequest)
 _count_decoder = msgspec.json.Decoder(CountRequest)
@@ -35,47 +34,31 @@ _count_decoder = msgspec.json.Decoder(CountRequest)
 
 @dataclass(frozen=True, kw_only=True)
 class _Reply:
-    """What every part of one reply needs."""
+    """An `EventWriter` of one reply."""
 
     max_tokens: int
     conversation: Conversation
     writer: MessageWriter
 
-    async def events(self) -> AsyncGenerator[list[Event]]:
-        """Yields the events of the answer; at the last the message is complete."""
-        writer = self.writer
-        yield writer.start()
-        async with contextlib.aclosing(self.conversation.answer()) as answer:
-            async for said, delta in answer:
-                events = writer.add(said)
-                if delta.finish_reason is not None:
-                    events += writer.finish(*self._stop(delta), usage_of(self.conversation))
-                if events:
-                    yield events
+    def start(self) -> list[Event]:
+        return self.writer.start()
 
-    async def frames(self) -> AsyncGenerator[bytes]:
-        """Yields the events of a stream; an engine failure is the last of them."""
-        try:
-            async with contextlib.aclosing(self.events()) as steps:
-                async for events in steps:
-                    yield named_events(events)
-        except EngineStopped as error:
-            yield named_events([message_error_body(error)])
+    def add(self, said: Said, delta: Delta) -> list[Event]:
+        del delta
+        return self.writer.add(said)
 
-    async def whole(self) -> Message:
-        """Returns the message at its end; aborts it when it is cancelled."""
-        async with self.conversation.generation.updates:
-            async with contextlib.aclosing(self.events()) as steps:
-                async for _ in steps:
-                    pass
-        return self.writer.message
+    def finish(self, delta: Delta) -> list[Event]:
+        return self.writer.finish(*self._stop(delta), usage_of(self.conversation))
+
+    def fail(self, error: EngineStopped) -> list[Event]:
+        return [message_error_body(error)]
 
     def _stop(self, delta: Delta) -> tuple[str, str | None]:
         """Returns Anthropic's stop_reason and stop_sequence."""
         if delta.finish_reason == "length":
             num_tokens = self.conversation.generation.usage.completion_tokens
-            is_full = num_tokens < self.max_tokens
-            return "model_context_window_exceeded" if is_full else "max_tokens", None
+            is_context_full = num_tokens < self.max_tokens
+            return "model_context_window_exceeded" if is_context_full else "max_tokens", None
         if isinstance(delta.stop_reason, str):
             return "stop_sequence", delta.stop_reason
         return "tool_use" if self.writer.has_tool_use else "end_turn", None
@@ -110,9 +93,10 @@ async def create_message(http: HttpRequest) -> Response:
         max_tokens=body.max_tokens, conversation=conversation, writer=MessageWriter(message)
     )
     if body.stream:
-        frames = kept_alive(reply.frames(), state.config.sse_keep_alive_interval)
+        frames = kept_alive(conversation.frames(reply), state.config.sse_keep_alive_interval)
         return EventStream(frames, conversation.generation.updates)
-    return JSON(await while_connected(http.receive, reply.whole()))
+    await while_connected(http.receive, conversation.run(reply))
+    return JSON(reply.writer.message)
 
 
 async def count_message_tokens(http: HttpRequest) -> Response:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from jaxserve.engine.request import FinishReason
+from jaxserve.server.events import Event
 from jaxserve.server.protocol.responses import (
     OutputCall,
     OutputItem,
@@ -21,8 +22,6 @@ from jaxserve.server.protocol.responses import (
 )
 from jaxserve.server.response_input import pack_reasoning
 from jaxserve.text.message import CallDelta, Said
-
-Event = dict[str, Any]
 
 
 def new_id(prefix: str) -> str:

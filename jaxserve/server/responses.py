@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import msgspec
@@ -19,7 +18,7 @@ from jaxserve.server.body import read_body
 from jaxserve.server.chat import logprobs_of
 from jaxserve.server.content_logprobs import ContentLogprobs
 from jaxserve.server.conversation import Conversation, converse
-from jaxserve.server.events import JSON, EventStream, error_body, named_events, while_connected
+from jaxserve.server.events import JSON, Event, EventStream, error_body, while_connected
 from jaxserve.server.generate import arrival, params_named
 from jaxserve.server.pacing import kept_alive
 from jaxserve.server.protocol.chat import ChatRequest, TokenLogprob
@@ -41,8 +40,9 @@ from jaxserve.server.response_input import (
     items_of,
 )
 from jaxserve.server.response_store import ResponseStore, StoredResponse
-from jaxserve.server.response_writer import Event, ResponseWriter, new_id
+from jaxserve.server.response_writer import ResponseWriter, new_id
 from jaxserve.server.state import ServerState
+from jaxserve.text.message import Said
 
 _decoder = msgspec.json.Decoder(ResponseRequest)
 _items_decoder = msgspec.json.Decoder(list[InputItem])
@@ -50,7 +50,7 @@ _items_decoder = msgspec.json.Decoder(list[InputItem])
 
 @dataclass(frozen=True, kw_only=True)
 class _Reply:
-    """What every part of one reply needs."""
+    """An `EventWriter` of one reply, which is stored at its end."""
 
     items: Sequence[InputItem]  # the conversation so far
     chat: ChatRequest
@@ -59,35 +59,20 @@ class _Reply:
     store: ResponseStore
     logprobs: ContentLogprobs
 
-    async def events(self) -> AsyncGenerator[list[Event]]:
-        """Yields the events of the answer; at the last the response is complete and stored."""
-        writer = self.writer
-        yield writer.start()
-        async with contextlib.aclosing(self.conversation.answer()) as answer:
-            async for said, delta in answer:
-                events = writer.add(said, self._logprobs(delta))
-                if delta.finish_reason is not None:
-                    events += writer.finish(delta.finish_reason, self._usage())
-                    self._keep()
-                if events:
-                    yield events
+    def start(self) -> list[Event]:
+        return self.writer.start()
 
-    async def frames(self) -> AsyncGenerator[bytes]:
-        """Yields the events of a stream; an engine failure is the last of them."""
-        try:
-            async with contextlib.aclosing(self.events()) as steps:
-                async for events in steps:
-                    yield named_events(events)
-        except EngineStopped as error:
-            yield named_events(self.writer.fail(error_body(error)["message"]))
+    def add(self, said: Said, delta: Delta) -> list[Event]:
+        return self.writer.add(said, self._logprobs(delta))
 
-    async def whole(self) -> Response:
-        """Returns the response at its end; aborts it when it is cancelled."""
-        async with self.conversation.generation.updates:
-            async with contextlib.aclosing(self.events()) as steps:
-                async for _ in steps:
-                    pass
-        return self.writer.response
+    def finish(self, delta: Delta) -> list[Event]:
+        assert delta.finish_reason is not None
+        events = self.writer.finish(delta.finish_reason, self._usage())
+        self._keep()
+        return events
+
+    def fail(self, error: EngineStopped) -> list[Event]:
+        return self.writer.fail(error_body(error)["message"])
 
     def _logprobs(self, delta: Delta) -> list[TokenLogprob]:
         if delta.logprobs is None:
@@ -153,9 +138,10 @@ async def create_response(http: HttpRequest) -> HttpResponse:
         logprobs=ContentLogprobs(conversation.reading.readers[0]),
     )
     if body.stream:
-        frames = kept_alive(reply.frames(), state.config.sse_keep_alive_interval)
+        frames = kept_alive(conversation.frames(reply), state.config.sse_keep_alive_interval)
         return EventStream(frames, conversation.generation.updates)
-    return JSON(await while_connected(http.receive, reply.whole()))
+    await while_connected(http.receive, conversation.run(reply))
+    return JSON(reply.writer.response)
 
 
 def _new_response(

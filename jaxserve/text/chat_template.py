@@ -6,7 +6,7 @@ Host only: imports no jax.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -151,6 +151,7 @@ def encode_chat(
     continue_final_message: bool = False,
     variables: Mapping[str, Any] | None = None,
     add_special_tokens: bool = False,
+    check: Callable[[str], None] | None = None,  # sees the text before it is encoded
 ) -> ChatPrompt:
     """Returns an OpenAI conversation as the model's prompt.
 
@@ -172,6 +173,8 @@ def encode_chat(
         continue_final_message=continue_final_message,
         **guarded["variables"],
     )
+    if check is not None:
+        check(text)
     if guarded is inputs:
         tokens = tokenizer.encode(text, add_special_tokens=add_special_tokens)
         return ChatPrompt(text=text, tokens=tokens)

@@ -122,3 +122,13 @@ async def test_the_async_openai_client_streams(server):
             model="echo", prompt="hello", max_tokens=10, stream=True
         )
         assert "".join([chunk.choices[0].text async for chunk in chunks]) == "hellohello"
+
+
+LONG = "word " * 50_000
+
+
+@pytest.mark.parametrize("content", [LONG, [{"type": "text", "text": LONG}]], ids=["text", "parts"])
+def test_a_long_conversation_is_refused_before_all_of_it_is_encoded(http, content):
+    body = {"messages": [{"role": "user", "content": content}]}
+    error = http.post("/v1/chat/completions", json=body).json()["error"]
+    assert "at least" in error["message"] and error["param"] == "messages"

@@ -36,7 +36,6 @@ class ToolUse:
     choice: ToolChoice
     max_calls: int | None
     is_strict: bool  # some tool's calls must fit its schema
-    num_bytes: int  # of the definitions as JSON
 
     @property
     def callable(self) -> Tools:
@@ -88,7 +87,6 @@ def tool_use(
         choice=_choice(choice, schemas),
         max_calls=1 if parallel is False else None,
         is_strict=any(tool["function"].get("strict") is True for tool in tools),
-        num_bytes=num_bytes,
     )
 
 
